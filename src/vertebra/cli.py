@@ -1,0 +1,217 @@
+"""The command line: parses, calls, prints. Anything the user can mend is one line on stderr and exit code 2."""
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="vertebra",
+    help="Vision backbones from their papers: train, test and look them up.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(str, Enum):
+    table = "table"
+    json = "json"
+
+
+# What only `train` takes; a name here is a field of train.Config, None means not given.
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Option(help="Name of a variant, as in vertebra list.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, an image folder, or a folder of idx files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/<model>-<data>-<time>].")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run after its last finished epoch.")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Over all devices.")] = None,
+    lr: Annotated[float | None, typer.Option()] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the square the model is given.")] = None,
+    rgb: Annotated[bool | None, typer.Option("--rgb/--grey", help="Three channels or one, whatever the data.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many images a split.")] = None,
+    pretrained: Annotated[bool | None, typer.Option("--pretrained", help="Start from the published weights.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Start from this file or URL.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes that train together.")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
+) -> None:
+    """Train a classifier; with no options, a small one on handwritten digits in about a minute."""
+    given = {key: value for key, value in locals().items() if value is not None}
+    for key in ("out", "resume", "settings"):
+        given.pop(key, None)
+    if rgb is not None:
+        given["channels"] = 3 if given.pop("rgb") else 1
+    settings = settings or []
+    if resume is not None and (out or settings or set(given) - {"data"}):
+        _fail("--resume takes its configuration from the run; only --data can be given with it")
+    with _mendable():
+        from .train import fit
+        from .train import resume as go_on
+        from .train.config import make_config
+        from .train.watch import Console
+
+        if resume is not None:
+            result = go_on(resume, data, Console())
+        else:
+            result = fit(make_config(given, settings), out, Console())
+    skipped = f", {len(result.skipped)} files skipped" if result.skipped else ""
+    print(f"test accuracy {result.test_accuracy:.4f} (best epoch {result.best_epoch}, {result.seconds:.0f} s{skipped})")
+    print(f"look at {result.folder / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    data: Annotated[str | None, typer.Option(help="Other data with the same classes.")] = None,
+    format: Annotated[Format, typer.Option()] = Format.table,
+) -> None:
+    """Test a run's best weights on its test split or on other data."""
+    with _mendable():
+        from .train import evaluate as test
+
+        result = test(run, data)
+    for path, reason in result.skipped.items():
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+    if format is Format.json:
+        print(json.dumps(vars(result)))
+        return
+    rows = [(name, n, "-" if share is None else f"{share:.4f}") for name, (n, share) in result.classes.items()]
+    _table(("class", "images", "accuracy"), rows)
+    print(f"accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, {result.images} images")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes shown for each.")] = 3,
+    format: Annotated[Format, typer.Option()] = Format.table,
+) -> None:
+    """Classify image files with a run's best weights."""
+    with _mendable():
+        from .train import predict as ask
+
+        results = ask(run, images, top)
+    if format is Format.json:
+        print(json.dumps([result.as_dict() for result in results], indent=1))
+    else:
+        good = [r for r in results if r.error is None]
+        shown = [(r.image, ", ".join(f"{name} {p:.3f}" for name, p in r.top)) for r in good]
+        if shown:
+            _table(("image", "classes"), shown)
+    errors = [result for result in results if result.error is not None]
+    for result in errors:
+        print(f"error: {result.image}: {result.error}", file=sys.stderr)
+    if errors:
+        raise typer.Exit(2)
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, as in 'pvt*'.")] = "*",
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+) -> None:
+    """List the variants with their published figures."""
+    with _mendable():
+        import vertebra
+
+        infos = [vertebra.model_info(name) for name in vertebra.list_models(pattern, family)]
+    if not infos:
+        _fail(f"no model matches {pattern!r}; vertebra list shows them all")
+    figures = ("params_m", "gmacs", "top1")
+    rows = [(i.name, i.family, *(_figure(i.published.get(key)) for key in figures)) for i in infos]
+    _table(("name", "family", "params (M)", "GMACs", "top-1 (%)"), rows)
+
+
+@app.command()
+def info(name: Annotated[str, typer.Argument(help="Name of a variant.")]) -> None:
+    """Show a variant's paper, licence, figures, configuration and inputs."""
+    with _mendable():
+        import torch
+
+        import vertebra
+
+        about = vertebra.model_info(name)
+        with torch.device("meta"):
+            model = vertebra.create_model(name)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    rows: list[tuple[str, Any]] = [("name", about.name), ("family", about.family), ("paper", about.paper)]
+    rows += [("venue", about.venue), ("arXiv", about.arxiv), ("code", about.code), ("licence", about.licence)]
+    rows += [(f"published {key}", value) for key, value in about.published.items()]
+    rows += [("measured params_m", f"{count:.3f}")]
+    rows += [(f"config {key}", value) for key, value in about.config.items()]
+    rows += [(f"input {key}", value) for key, value in vars(about.inputs).items()]
+    rows += [(f"weights {key}", value) for key, value in vars(about.weights).items() if value]
+    _table(None, [(key, str(value)) for key, value in rows])
+
+
+def _figure(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _table(header: tuple[str, ...] | None, rows: list[tuple[Any, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*(header or ("", "")), show_header=header is not None, box=box.SIMPLE if header else None)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: names from elsewhere are not markup
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width: do not cut what another program will read
+    console.print(table)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+class _mendable:
+    """Turns the errors that the library raises for what users do into one line and an exit code."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            _fail("interrupted; vertebra train --resume continues a run after its last finished epoch", 130)
+        if error is None or isinstance(error, typer.Exit):
+            return
+        from .checkpoint import CheckpointError
+        from .data import DataError
+        from .train import ConfigError, RunError, TrainError
+
+        if isinstance(error, TrainError):
+            _fail(str(error), 1)
+        if isinstance(error, ConfigError | DataError | RunError | CheckpointError) or type(error) is ValueError:
+            _fail(str(error))
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what the parser raises for a bad option or argument
+            raise
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,119 @@
+"""What every dataset becomes: named splits of labelled images, read one at a time as uint8."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line and names the file or folder."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one split. `names` are unique and stable: they, not positions, decide where a sample goes."""
+
+    names: Sequence[str]
+    labels: np.ndarray  # (N,) int64
+    load: Callable[[int], Tensor] = field(repr=False)  # position -> uint8 (C, H, W); DataError if it cannot be read
+    index: np.ndarray = field(repr=False)  # (N,) what `load` is called with
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> Tensor:
+        """The i-th image, uint8 (C, H, W). Raises DataError naming the file if it cannot be read."""
+        return self.load(int(self.index[i]))
+
+    def take(self, positions: np.ndarray) -> "Split":
+        """The samples at these positions, in this order."""
+        names = [self.names[i] for i in positions]
+        return replace(self, names=names, labels=self.labels[positions], index=self.index[positions])
+
+    def limit(self, n: int) -> "Split":
+        """At most n samples, classes as even as they allow, always the same ones."""
+        if n >= len(self):
+            return self
+        rank = np.empty(len(self), np.int64)  # place within the class, in hash order
+        seen: dict[int, int] = {}
+        for i in hash_order(self.names):
+            rank[i] = seen.setdefault(int(self.labels[i]), 0)
+            seen[int(self.labels[i])] += 1
+        return self.take(np.sort(np.lexsort((self.labels, rank))[:n]))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: splits train, val and test, class names, and what was found while opening it."""
+
+    name: str
+    kind: str  # digits, idx or folder
+    classes: tuple[str, ...]
+    channels: int  # 1 if every image is grey, else 3
+    splits: dict[str, Split]
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()  # what was decided by the data, for people
+
+    def fingerprint(self) -> str:
+        """Changes when a sample, its label or its split changes (not when pixels do)."""
+        h = hashlib.sha256("\n".join(self.classes).encode())
+        for key in sorted(self.splits):
+            split = self.splits[key]
+            h.update(f"\n{key} {len(split)}\n".encode() + "\n".join(split.names).encode("utf-8", "surrogateescape"))
+            h.update(np.ascontiguousarray(split.labels, "<i8").tobytes())
+        return h.hexdigest()[:16]
+
+
+def hash_order(names: Sequence[str]) -> np.ndarray:
+    """Positions ordered by a hash of the name: a shuffle that no version of numpy or torch can change."""
+    keys = [hashlib.blake2b(n.encode("utf-8", "surrogateescape"), digest_size=8).digest() for n in names]
+    return np.array(sorted(range(len(names)), key=keys.__getitem__), np.int64)
+
+
+def carve(split: Split, fractions: dict[str, float], classes: Sequence[str]) -> dict[str, Split]:
+    """Split into "train" and the named parts, the same share of every class: round(share * n), at least one.
+
+    Raises DataError for a class too small to be in all of them.
+    """
+    parts: dict[str, list[int]] = {key: [] for key in ("train", *fractions)}
+    order = hash_order(split.names)
+    for label, name in enumerate(classes):
+        members = order[split.labels[order] == label]
+        start = 0
+        for key, fraction in fractions.items():
+            stop = start + max(1, round(fraction * len(members)))
+            parts[key].extend(members[start:stop])
+            start = stop
+        if start >= len(members):
+            wanted = ", ".join(parts)
+            raise DataError(f"class {name!r} has {len(members)} images, too few to be split into {wanted}")
+        parts["train"].extend(members[start:])
+    return {key: split.take(np.sort(np.array(p, np.int64))) for key, p in parts.items()}
+
+
+def from_arrays(images: np.ndarray, labels: np.ndarray, prefix: str) -> Split:
+    """A split of grey images held in memory: uint8 (N, H, W) and labels (N,)."""
+    names = [f"{prefix}/{i}" for i in range(len(images))]
+    return Split(names, labels.astype(np.int64), _Pixels(images), np.arange(len(images)))
+
+
+class _Pixels:
+    """images[i] as (1, H, W); a class and not a closure so that loader workers can be sent it."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __call__(self, i: int) -> Tensor:
+        return torch.from_numpy(np.array(self.images[i]))[None]

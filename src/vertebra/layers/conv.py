@@ -1,0 +1,68 @@
+"""Convolutional blocks that many papers share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .drop import DropPath
+from .reparam import fold
+from .space import BatchNorm, Conv
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, activation: (B, *S, dim) -> (B, *S', out).
+
+    `keep` marks a batch norm that the paper's own deployed network leaves in place: `vertebra.fuse` folds it only when
+    asked for more than the published structure.
+    """
+
+    def __init__(
+        self, ndim, dim, out, kernel=1, stride=1, padding=None, dilation=1, groups=1,
+        act=None, bias=False, eps=1e-5, keep=True,
+    ):  # fmt: skip
+        super().__init__()
+        self.conv = Conv(ndim, dim, out, kernel, stride, padding, dilation, groups, bias)
+        self.norm = BatchNorm(out, eps=eps)
+        self.act = act() if act else nn.Identity()
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    def fuse(self, published: bool = True) -> nn.Module:
+        """The same map with the norm folded into the convolution (itself, where the norm is to stay)."""
+        if isinstance(self.norm, nn.Identity) or (published and self.keep):
+            return self
+        self.conv, self.norm = fold(self.conv, self.norm), nn.Identity()
+        return self
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the global mean (arXiv 1709.01507, Fig. 2): (B, *S, C) -> (B, *S, C)."""
+
+    def __init__(self, ndim: int, dim: int, hidden: int, act=nn.ReLU, gate=nn.Sigmoid):
+        super().__init__()
+        self.down, self.act = Conv(ndim, dim, hidden), act()
+        self.up, self.gate = Conv(ndim, hidden, dim), gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(tuple(range(1, x.ndim - 1)), keepdim=True)
+        return x * self.gate(self.up(self.act(self.down(mean))))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise, project with a shortcut where the shape allows (MobileNet v2, Fig. 4): (B, *S, dim) -> (B, *S', out)."""
+
+    def __init__(self, ndim, dim, out, kernel=3, stride=1, expansion=6, act=nn.ReLU6, squeeze: int = 0, drop_path=0.0):
+        super().__init__()
+        hidden = round(dim * expansion)
+        self.expand = ConvNorm(ndim, dim, hidden, act=act) if expansion != 1 else nn.Identity()
+        self.depthwise = ConvNorm(ndim, hidden, hidden, kernel, stride, groups=hidden, act=act)
+        self.squeeze = SqueezeExcite(ndim, hidden, squeeze) if squeeze else nn.Identity()
+        self.project = ConvNorm(ndim, hidden, out)
+        self.drop_path = DropPath(drop_path)
+        self.residual = stride == 1 and dim == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.squeeze(self.depthwise(self.expand(x))))
+        return x + self.drop_path(y) if self.residual else y

@@ -1,0 +1,47 @@
+"""Stochastic depth and layer scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample (arXiv 1603.09382): in training a branch is dropped with probability `rate`."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = float(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3f}"
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel (arXiv 2103.17239, eq. 5): (..., C) -> (..., C)."""
+
+    no_decay = ("gamma",)
+
+    def __init__(self, dim: int, value: float = 1e-5):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates that grow linearly from 0 to `rate` over all blocks, as one list per stage."""
+    total = sum(depths)
+    ramp = [rate * i / max(total - 1, 1) for i in range(total)]
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    return [ramp[end - depth : end] for end, depth in zip(ends, depths, strict=True)]

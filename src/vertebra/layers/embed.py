@@ -1,0 +1,63 @@
+"""From image to first map and from one stage to the next: patches, overlapping patches, cross-scale convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .space import Conv, pad_to, space_to_depth
+
+
+class PatchEmbed(nn.Module):
+    """Convolution with a stride, then an optional norm: (B, *S, dim) -> (B, *S / stride, out).
+
+    kernel == stride gives ViT's patches (`pad` fills a ragged end with zeros, otherwise it is cut off), a larger kernel
+    gives overlapping patches (PVT v2, CvT) padded by kernel // 2.
+    """
+
+    def __init__(self, ndim, dim, out, kernel, stride=None, norm: nn.Module | None = None, pad: bool = False):
+        super().__init__()
+        stride = stride or kernel
+        self.multiple = stride if pad and kernel == stride else None
+        self.proj = Conv(ndim, dim, out, kernel, stride, padding=0 if kernel == stride else kernel // 2)
+        self.norm = norm or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.multiple is not None:
+            x = pad_to(x, self.multiple)
+        return self.norm(self.proj(x))
+
+
+class CrossScale(nn.Module):
+    """Cross-scale embedding layer: convolutions of several kernels, one stride, concatenated (CrossFormer, Fig. 2).
+
+    (B, *S, dim) -> (B, *S // stride, out). The smallest kernel has half of the channels, each next half of that, and the
+    last the same as the one before.
+    """
+
+    def __init__(self, ndim: int, dim: int, out: int, kernels: Sequence[int], stride: int):
+        super().__init__()
+        last = len(kernels) - 1
+        shares = [out // 2 ** min(i + 1, last) for i in range(len(kernels))] if last else [out]
+        self.convs = nn.ModuleList(
+            Conv(ndim, dim, share, kernel, stride, padding=(kernel - stride) // 2)
+            for kernel, share in zip(kernels, shares, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([conv(x) for conv in self.convs], dim=-1)
+
+
+class PatchMerging(nn.Module):
+    """Swin's merge: cells of 2 per axis concatenated, norm, linear (section 3.1): (B, *S, dim) -> (B, *S / 2, out)."""
+
+    def __init__(self, ndim: int, dim: int, out: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(2**ndim * dim)
+        self.reduction = nn.Linear(2**ndim * dim, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # order of the cells: the first axis varies fastest, as published weights expect
+        return self.reduction(self.norm(space_to_depth(pad_to(x, 2), 2, first_axis_fastest=True)))

@@ -1,0 +1,264 @@
+"""Rank-dependent primitives on channels-last maps: the only file that knows the rank or torch's channels-first calls.
+
+Every function takes and returns a map (B, *S, C) with one, two or three spatial sizes S. torch's kernels see the same
+memory as channels first through a stride trick (for 2-D exactly torch's ``channels_last``), so nothing is copied.
+Rank 1 runs as rank 2 of height one, because only the 2-D kernels have a channels-last form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cached import sized_cache, tracing
+
+Sizes = int | Sequence[int]
+
+_CONV = {2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+_AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def ntuple(value: Sizes, ndim: int, what: str = "size") -> tuple[int, ...]:
+    """`value` for each of `ndim` axes; ValueError when a sequence has another length."""
+    if isinstance(value, Sequence):
+        if len(value) != ndim:
+            raise ValueError(f"{what} {tuple(value)} has {len(value)} entries, {ndim} are needed (one per spatial axis)")
+        return tuple(value)
+    return (value,) * ndim
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """View (B, *S, C) as (B, C, *S)."""
+    return x.movedim(-1, 1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, *S) as a contiguous (B, *S, C): a view where the memory is channels last already, else one copy."""
+    return x.movedim(1, -1).contiguous()
+
+
+def _rank2(x: Tensor) -> Tensor:
+    """View a rank-1 map (B, L, C) as the rank-2 map (B, 1, L, C)."""
+    return x.unsqueeze(1)
+
+
+def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1) -> Tensor:
+    """Convolution of (B, *S, C) with `weight` (out, C / groups, *K); `stride`, `padding`, `dilation` one per axis."""
+    if weight.ndim == 3:
+        y = conv(_rank2(x), weight.unsqueeze(2), bias, (1, *stride), (0, *padding), (1, *dilation), groups)
+        return y.squeeze(1)
+    y = _CONV[weight.ndim - 2](channels_first(x), weight, bias, stride, padding, dilation, groups)
+    return channels_last(y)
+
+
+class Conv(nn.Module):
+    """Convolution at rank `ndim`: (B, *S, dim) -> (B, *S', out).
+
+    The weight keeps the checkpoint's shape (out, dim / groups, *K). A 1x1 convolution of stride one runs as a matrix
+    product. `padding` defaults to "same" for odd kernels at stride one, dilation * (kernel - 1) // 2.
+    """
+
+    def __init__(
+        self,
+        ndim: int,
+        dim: int,
+        out: int,
+        kernel: Sizes = 1,
+        stride: Sizes = 1,
+        padding: Sizes | None = None,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        if dim % groups or out % groups:
+            raise ValueError(f"channels {dim} -> {out} do not divide into {groups} groups")
+        self.kernel, self.stride = ntuple(kernel, ndim, "kernel"), ntuple(stride, ndim, "stride")
+        self.dilation, self.groups = ntuple(dilation, ndim, "dilation"), groups
+        same = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel, strict=True))
+        self.padding = same if padding is None else ntuple(padding, ndim, "padding")
+        self.weight = nn.Parameter(torch.empty(out, dim // groups, *self.kernel))
+        self.bias = nn.Parameter(torch.empty(out)) if bias else None
+        self.pointwise = groups == 1 and math.prod(self.kernel) == math.prod(self.stride) == 1 and not any(self.padding)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's default for convolutions: uniform within 1 / sqrt(fan in)."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pointwise:
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        return conv(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        out, dim = self.weight.shape[:2]
+        return (
+            f"{dim * self.groups}, {out}, kernel={self.kernel}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+class ConvTranspose(nn.Module):
+    """Transposed convolution at rank `ndim`: (B, *S, dim) -> (B, *S', out); weight (dim, out / groups, *K)."""
+
+    def __init__(self, ndim, dim, out, kernel=2, stride=2, padding=0, dilation=1, groups=1, bias=True):
+        super().__init__()
+        self.kernel, self.stride = ntuple(kernel, ndim, "kernel"), ntuple(stride, ndim, "stride")
+        self.padding, self.dilation = ntuple(padding, ndim, "padding"), ntuple(dilation, ndim, "dilation")
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(dim, out // groups, *self.kernel))
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, stride, padding, dilation = self.weight, self.stride, self.padding, self.dilation
+        line = weight.ndim == 3
+        if line:
+            x, weight = _rank2(x), weight.unsqueeze(2)
+            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+        call = _CONV_TRANSPOSE[weight.ndim - 2]
+        y = channels_last(call(channels_first(x), weight, self.bias, stride, padding, 0, self.groups, dilation))
+        return y.squeeze(1) if line else y
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over all axes but the last: (B, *S, C) -> (B, *S, C), any rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm of each sample: (B, *S, C) -> (B, *S, C), any rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(super().forward(channels_first(x)))
+
+
+def _pool(table, x, kernel, stride, padding, **options) -> Tensor:
+    ndim = x.ndim - 2
+    kernel = ntuple(kernel, ndim, "kernel")
+    stride, padding = ntuple(kernel if stride is None else stride, ndim), ntuple(padding, ndim)
+    if ndim == 1:
+        return _pool(table, _rank2(x), (1, *kernel), (1, *stride), (0, *padding), **options).squeeze(1)
+    return channels_last(table[ndim](channels_first(x), kernel, stride, padding, **options))
+
+
+def max_pool(x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0) -> Tensor:
+    """Maximum over windows; padding counts as minus infinity. (B, *S, C) -> (B, *S', C)."""
+    return _pool(_MAX_POOL, x, kernel, stride, padding)
+
+
+def avg_pool(
+    x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0, count_include_pad: bool = True
+) -> Tensor:
+    """Mean over windows. (B, *S, C) -> (B, *S', C)."""
+    return _pool(_AVG_POOL, x, kernel, stride, padding, count_include_pad=count_include_pad)
+
+
+@sized_cache
+def _averaging(side: int, out: int, device=None) -> Tensor:
+    """The (out, side) matrix of adaptive average pooling: bin i covers floor(i s / o) .. ceil((i + 1) s / o)."""
+    cell, i = torch.arange(side, device=device), torch.arange(out, device=device)[:, None]
+    start, end = i * side // out, ((i + 1) * side + out - 1) // out
+    return ((cell >= start) & (cell < end)) / (end - start)
+
+
+def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
+    """Average to a fixed `size` with torch's bins: (B, *S, C) -> (B, *size, C). One matrix product per axis."""
+    for axis, out in enumerate(ntuple(size, x.ndim - 2), start=1):
+        side = x.shape[axis]
+        if not tracing() and side == out:
+            continue
+        matrix = _averaging(side, out, device=x.device).to(x.dtype)
+        lead, tail = x.shape[:axis], x.shape[axis + 1 :]
+        rows = x.reshape(math.prod(lead), side, math.prod(tail))
+        x = torch.matmul(matrix, rows).reshape(*lead, out, *tail)
+    return x
+
+
+def resize(x: Tensor, size: Sizes, mode: str = "linear", antialias: bool = False) -> Tensor:
+    """Resample (B, *S, C) to (B, *size, C); `mode` nearest, linear or cubic, half-pixel centres.
+
+    Identity at equal size. torch has cubic and antialiased kernels at rank 2 only, but both are separable: other ranks
+    go axis by axis.
+    """
+    ndim = x.ndim - 2
+    size = ntuple(size, ndim)
+    if mode not in ("nearest", "linear", "cubic"):
+        raise ValueError(f"mode {mode!r} is unknown; use nearest, linear or cubic")
+    if not tracing() and tuple(x.shape[1:-1]) == tuple(size):
+        return x
+    if ndim == 1:
+        return resize(_rank2(x), (1, *size), mode, antialias).squeeze(1)
+    if mode == "nearest":
+        return channels_last(F.interpolate(channels_first(x), size=size, mode="nearest"))
+    if ndim == 2:
+        name = {"linear": "bilinear", "cubic": "bicubic"}[mode]
+        y = F.interpolate(channels_first(x), size=size, mode=name, align_corners=False, antialias=antialias)
+        return channels_last(y)
+    first, *rest = size
+    plane = resize(x.flatten(0, 1), rest, mode, antialias).unflatten(0, x.shape[:2])
+    line = resize(plane.flatten(2), (first,), mode, antialias)
+    return line.unflatten(2, plane.shape[2:])
+
+
+def pad_to(x: Tensor, multiple: Sizes) -> Tensor:
+    """Zero-pad (B, *S, C) at the end of each axis to a multiple of `multiple`."""
+    sides = x.shape[1:-1]
+    steps = ntuple(multiple, x.ndim - 2, "multiple")
+    pads = [(s + m - 1) // m * m - s for s, m in zip(sides, steps, strict=True)]
+    if not tracing() and not any(pads):
+        return x
+    return F.pad(x, [0, 0, *(v for p in reversed(pads) for v in (0, p))])
+
+
+def crop(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """The first `sides` cells of each axis of (B, *S, C)."""
+    if tracing():  # a slice compares sizes and so becomes a guard; negative padding does not
+        cuts = [s - h for s, h in zip(sides, x.shape[1:-1], strict=True)]
+        return F.pad(x, [0, 0, *(v for c in reversed(cuts) for v in (0, c))])
+    if tuple(x.shape[1:-1]) == tuple(sides):
+        return x
+    return x[(slice(None), *(slice(0, s) for s in sides))]
+
+
+def grid_sample(x: Tensor, grid: Tensor, mode: str = "linear", padding_mode: str = "zeros") -> Tensor:
+    """Values of (B, *S, C) at `grid` (B, *S', ndim) -> (B, *S', C).
+
+    Coordinates run from -1 to 1 over the map's outer edges (align_corners False) and, as in torch, name the **last**
+    axis first. `mode` is linear or nearest.
+    """
+    ndim = x.ndim - 2
+    if grid.shape[-1] != ndim or grid.ndim != x.ndim:
+        raise ValueError(f"grid {tuple(grid.shape)} does not fit a map of rank {ndim}: needs (B, *S, {ndim})")
+    if ndim == 1:
+        flat = torch.cat([grid, torch.zeros_like(grid)], -1)
+        return grid_sample(_rank2(x), _rank2(flat), mode, padding_mode).squeeze(1)
+    name = {"linear": "bilinear", "nearest": "nearest"}[mode]
+    y = F.grid_sample(channels_first(x), grid, mode=name, padding_mode=padding_mode, align_corners=False)
+    return channels_last(y)
+
+
+def space_to_depth(x: Tensor, factor: int = 2, first_axis_fastest: bool = False) -> Tensor:
+    """Fold cells of `factor` per axis into channels: (B, *S, C) -> (B, *S / factor, factor^ndim * C).
+
+    The offset inside a cell runs row-major; with `first_axis_fastest` the first axis' offset varies fastest, which is
+    the order of Swin's patch merging. Sides must divide by `factor` (see `pad_to`).
+    """
+    batch, *sides, dim = x.shape
+    ndim = len(sides)
+    split = [v for s in sides for v in (s // factor, factor)]
+    offsets = range(2 * ndim, 0, -2) if first_axis_fastest else range(2, 2 * ndim + 1, 2)
+    y = x.reshape(batch, *split, dim).permute(0, *range(1, 2 * ndim, 2), *offsets, 2 * ndim + 1)
+    return y.reshape(batch, *(s // factor for s in sides), factor**ndim * dim)

@@ -1,0 +1,89 @@
+"""From a configuration to the pieces: the resolved configuration, the model, the view of the images."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import vertebra
+
+from ..data import Source
+from ..data.transforms import View, statistics
+from .config import Config, ConfigError
+
+# What is used where the configuration leaves it open. Digits: measured; the others: the usual values.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 18, "batch_size": 64, "lr": 2e-3, "img_size": 32, "augment": "light", "drop_path_rate": 0.0},
+    "idx": {"epochs": 10, "batch_size": 128, "lr": 2e-3, "img_size": 32, "augment": "light", "workers": 0},
+    "folder": {"epochs": 30, "batch_size": 64, "lr": 1e-3, "augment": "standard", "workers": 2},
+}
+
+
+def model_info(name: str) -> Any:
+    """vertebra.model_info. Raises ConfigError with close names for an unknown model."""
+    try:
+        return vertebra.model_info(name)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
+def resolve(config: Config, source: Source) -> Config:
+    """The configuration with nothing left open that training depends on. Raises ConfigError for a contradiction."""
+    inputs = model_info(config.model).inputs
+    weights = config.pretrained or config.checkpoint is not None
+    channels = config.channels or (3 if weights else source.channels)
+    chosen: dict[str, Any] = {"img_size": _side(inputs.size), "workers": 0} | RECIPES[source.kind]
+    if weights:
+        chosen["lr"] *= 0.2  # fine-tuning
+    chosen["channels"] = channels
+    chosen["crop"] = inputs.crop if source.kind == "folder" else 1.0
+    chosen["interpolation"] = inputs.interpolation if source.kind == "folder" else "bilinear"
+    if channels == 3:
+        chosen["mean"], chosen["std"] = tuple(inputs.mean), tuple(inputs.std)
+    elif config.mean is None or config.std is None:
+        chosen["mean"], chosen["std"] = _grey_statistics(source)
+    chosen["threads"] = torch.get_num_threads()
+    given = config.model_dump()
+    resolved = Config(**given | {key: value for key, value in chosen.items() if given[key] is None})
+    assert resolved.mean is not None and resolved.std is not None and resolved.batch_size is not None
+    if not len(resolved.mean) == len(resolved.std) == channels:
+        raise ConfigError(f"mean and std need {channels} values each, as many as channels")
+    if resolved.batch_size % resolved.devices:
+        raise ConfigError(f"batch_size {resolved.batch_size} is not a multiple of {resolved.devices} devices")
+    return resolved
+
+
+def _grey_statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    train = source.splits["train"]
+    mean, std = statistics(train, source.channels)
+    return (sum(mean) / len(mean),), (sum(std) / len(std),)
+
+
+def _side(size: int | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else min(size[-2:])
+
+
+def make_view(config: Config) -> View:
+    """How a resolved configuration looks at images."""
+    assert config.img_size and config.channels and config.mean and config.std and config.crop and config.interpolation
+    size = (config.img_size, config.img_size)
+    return View(size, config.channels, config.mean, config.std, config.crop, config.interpolation)
+
+
+def make_model(config: Config, num_classes: int, start: bool = False) -> nn.Module:
+    """The model of a resolved configuration, tried on one blank image; `start` loads the weights to start from.
+
+    Raises ConfigError for an option or an input size that the model refuses.
+    """
+    options: dict[str, Any] = {"in_chans": config.channels, "num_classes": num_classes, "img_size": config.img_size}
+    if config.drop_path_rate is not None:
+        options["drop_path_rate"] = config.drop_path_rate
+    if start:
+        options |= {"pretrained": config.pretrained, "checkpoint": config.checkpoint}
+    try:
+        model = vertebra.create_model(config.model, **options | config.overrides).eval()
+        with torch.inference_mode():
+            model(torch.zeros(1, config.channels or 3, config.img_size or 0, config.img_size or 0))
+    except (ValueError, TypeError, OSError) as e:
+        raise ConfigError(" ".join(str(e).split())) from e
+    return model

@@ -1,0 +1,207 @@
+"""From a configuration to a finished run folder."""
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+
+from ..data import DataError, Source, open_source
+from ..data.loader import Images, TrainOrder, derive, testing_loader, training_loader
+from ..data.transforms import testing, training
+from .build import make_model, make_view, model_info, resolve
+from .config import Config, ConfigError, suggest
+from .loop import Scores, Trainer, TrainError, test_epoch, train_epoch
+from .report import write_report
+from .run import Run, RunError
+from .use import load_best
+from .watch import Watch
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run. Accuracies in 0..1; seconds of training and validation, over all sittings."""
+
+    folder: Path
+    test_accuracy: float
+    val_accuracy: float
+    best_epoch: int
+    seconds: float
+    history: list[dict[str, Any]]
+    skipped: dict[str, str]  # path -> reason
+
+
+def fit(config: Config, out: str | Path | None = None, watch: Watch | None = None) -> RunResult:
+    """Train a new run into `out` (default runs/<model>-<dataset>-<time>).
+
+    Raises ConfigError, DataError or RunError for what cannot be started, TrainError for a loss that is not finite.
+    """
+    model_info(config.model)  # an unknown name should not cost a scan of the data
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    fabric = _fabric(config)
+    source = open_source(config.data, config.limit)
+    config = resolve(config, source)
+    name = f"{config.model}-{source.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(fabric.broadcast(str(out or Path("runs") / name)))
+    trainer, order = _trainer(config, source, fabric, watch or Watch(), start=True)
+    run = Run(folder, config, {})
+    if fabric.is_global_zero:
+        run = Run.create(folder, config, source)
+    fabric.barrier()
+    run = Run.open(folder)
+    return _continue(run, source, trainer, order, {"epoch": 0, "history": [], "best": None})
+
+
+def resume(folder: str | Path, data: str | None = None, watch: Watch | None = None) -> RunResult:
+    """Continue a run after its last finished epoch, exactly as if it had never stopped (`data`: where it lies now).
+
+    Raises RunError if there is nothing to resume or the data is not the same any more.
+    """
+    run = Run.open(folder)
+    config, state = run.config, run.read_state()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    fabric = _fabric(config)
+    source = open_source(data or config.data, config.limit)
+    if source.fingerprint() != run.data["fingerprint"]:
+        raise RunError(f"{data or config.data}: not the data of {run.folder} any more (files, labels or splits differ)")
+    trainer, order = _trainer(config, source, fabric, watch or Watch(), start=False)
+    try:
+        trainer.net.load_state_dict(state["model"])
+        trainer.optimizer.optimizer.load_state_dict(state["optimizer"])
+        trainer.schedule.load_state_dict(state["schedule"])
+        if trainer.ema is not None:
+            trainer.ema.module.load_state_dict(state["ema"])
+        trainer.step, trainer.skipped = state["step"], dict(state["skipped"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as e:
+        raise RunError(f"{run.folder / 'last.pt'}: does not fit the run ({' '.join(str(e).split())[:200]})") from e
+    return _continue(run, source, trainer, order, state)
+
+
+def _fabric(config: Config) -> Fabric:
+    try:
+        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+        fabric.launch()
+    except (RuntimeError, ValueError, ImportError) as e:  # no such device, or fewer than asked for
+        raise ConfigError(" ".join(str(e).split())) from e
+    return fabric
+
+
+def _trainer(config: Config, source: Source, fabric: Fabric, watch: Watch, start: bool) -> tuple[Trainer, TrainOrder]:
+    assert config.batch_size and config.epochs and config.lr
+    torch.manual_seed(derive(config.seed))
+    net = make_model(config, len(source.classes), start)
+    try:
+        optimizer = create_optimizer_v2(
+            net, config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+        )
+    except (AssertionError, ValueError, TypeError) as e:
+        from timm.optim import list_optimizers
+
+        raise ConfigError(f"opt: {config.opt!r} cannot be used{suggest(config.opt, list_optimizers())} ({e})") from e
+    order = TrainOrder(
+        len(source.splits["train"]), config.batch_size, config.seed, fabric.global_rank, fabric.world_size
+    )
+    steps = config.epochs * len(order)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=steps,
+        lr_min=config.lr * 0.01,
+        warmup_t=round(config.warmup * steps),
+        warmup_lr_init=config.lr * 0.01,
+        t_in_epochs=False,
+    )
+    model, wrapped = fabric.setup(net, optimizer)
+    ema = None if config.ema is None else ModelEmaV3(net, decay=config.ema, use_warmup=True)
+    trainer = Trainer(config, fabric, net, model, wrapped, schedule, ema, watch if fabric.is_global_zero else Watch())
+    return trainer, order
+
+
+def _continue(run: Run, source: Source, t: Trainer, order: TrainOrder, state: dict[str, Any]) -> RunResult:
+    config, classes = run.config, len(source.classes)
+    assert config.epochs and config.batch_size and config.augment and config.workers is not None
+    view, zero = make_view(config), t.fabric.is_global_zero
+    for bad in source.skipped:
+        t.skipped.setdefault(bad.path, bad.reason)
+    train = Images(source.splits["train"], training(view, config.augment), config.seed)
+    shard = (2 * order.batch // order.world, config.workers, t.fabric.global_rank, t.fabric.world_size)
+    loaders = {key: testing_loader(Images(source.splits[key], testing(view)), *shard) for key in ("val", "test")}
+    loader = training_loader(train, order, config.workers)
+    history, best = list(state["history"]), state["best"]
+    with t.watch as watch:
+        for line in (*source.notes, *(f"skipped {path}: {reason}" for path, reason in t.skipped.items())):
+            watch.note(line)
+        watch.start(_title(run, source, t), config.epochs * len(order), t.step)
+        for epoch in range(state["epoch"], config.epochs):
+            began = time.perf_counter()
+            order.epoch = epoch
+            row = {"epoch": epoch + 1} | train_epoch(t, loader, epoch, classes)
+            val = test_epoch(t.fabric, t.tested, loaders["val"], classes, t.skipped, watch)
+            row |= {"val_loss": val.loss, "val_accuracy": val.accuracy, "seconds": time.perf_counter() - began}
+            history.append(row)
+            better = best is None or (val.accuracy, -val.loss) > (best["val_accuracy"], -best["val_loss"])
+            best = row if better else best
+            if zero:
+                _save(run, t, history, best, better)
+            watch.epoch(row, config.epochs)
+        t.fabric.barrier()
+        load_best(run, t.tested)
+        scores = test_epoch(t.fabric, t.tested, loaders["test"], classes, t.skipped, watch)
+        result = RunResult(
+            run.folder, scores.accuracy, best["val_accuracy"], best["epoch"],
+            sum(row["seconds"] for row in history), history, t.skipped,
+        )  # fmt: skip
+        if zero:
+            _finish(run, source, result, scores)
+    return result
+
+
+def _title(run: Run, source: Source, t: Trainer) -> str:
+    counts = ", ".join(f"{len(source.splits[key])} {key}" for key in ("train", "val", "test"))
+    params = sum(p.numel() for p in t.net.parameters()) / 1e6
+    config = run.config
+    return (
+        f"{config.model} ({params:.2f} M parameters) on {source.name}: {counts}, {len(source.classes)} classes, "
+        f"{config.img_size}x{config.img_size}x{config.channels}; {config.epochs} epochs -> {run.folder}"
+    )
+
+
+def _save(run: Run, t: Trainer, history: list[dict[str, Any]], best: dict[str, Any], better: bool) -> None:
+    """last.pt comes last: whatever a kill interrupts, resuming from it writes the same other files again."""
+    if better:
+        run.write_weights("best.safetensors", t.tested)
+    run.write_weights("last.safetensors", t.tested)
+    run.write_metrics(history)
+    state = {
+        "model": t.net.state_dict(),
+        "optimizer": t.optimizer.optimizer.state_dict(),
+        "schedule": t.schedule.state_dict(),
+        "ema": None if t.ema is None else t.ema.module.state_dict(),
+        "epoch": history[-1]["epoch"],
+        "step": t.step,
+        "history": history,
+        "best": best,
+        "skipped": t.skipped,
+    }
+    run.write_state(state)
+
+
+def _finish(run: Run, source: Source, result: RunResult, scores: Scores) -> None:
+    summary = {
+        "test_accuracy": result.test_accuracy,
+        "test_loss": scores.loss,
+        "test_images": len(scores.rows),
+        "val_accuracy": result.val_accuracy,
+        "best_epoch": result.best_epoch,
+        "seconds": round(result.seconds, 2),
+        "skipped": result.skipped,
+    }
+    run.write_json("result.json", summary)
+    write_report(run, source, result.history, scores, summary)

@@ -1,0 +1,120 @@
+"""report.html: one file to look at, with nothing outside it."""
+
+import base64
+import html
+import io
+import json
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data import Source, Split
+from .files import write_atomic
+from .loop import Scores
+from .run import Run
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } .big { font-size: 2.6rem; font-weight: 600 }
+img { max-width: 100% } .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; width: 9rem } figure img { width: 9rem; height: 9rem; object-fit: contain; image-rendering: pixelated;
+background: #eee } figcaption { font-size: .8rem; overflow-wrap: anywhere } pre, td { font-size: .85rem }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } td { padding-right: 1rem; overflow-wrap: anywhere }
+"""
+
+
+def write_report(
+    run: Run, source: Source, history: list[dict[str, Any]], scores: Scores, summary: dict[str, Any], most: int = 24
+) -> None:
+    """Write report.html: test accuracy, curves, confusion, the `most` costliest mistakes, skipped files, configuration."""
+    config, name = run.config, html.escape(f"{run.config.model} on {source.name}")
+    wrong = int(round((1 - scores.accuracy) * len(scores.rows)))
+    skipped = summary["skipped"]
+    parts = [
+        f"<h1>{name}</h1>",
+        f"<p><span class=big>{scores.accuracy:.2%}</span> test accuracy: {wrong} of {len(scores.rows)} images wrong</p>",
+        f"<p>Best epoch {summary['best_epoch']} of {config.epochs} with {summary['val_accuracy']:.2%} on validation; "
+        f"{summary['seconds']:.0f} s of training. The test split was used once, at the end.</p>",
+        f"<p>{html.escape('; '.join(source.notes))}</p>" if source.notes else "",
+        f"<h2>Training</h2>{_curves(history)}",
+        f"<h2>Confusion</h2>{_confusion(scores.confusion, run.classes)}",
+        f"<h2>Costliest mistakes</h2>{_mistakes(source.splits['test'], run.classes, scores.rows, most)}",
+        _skipped(skipped) if skipped else "",
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config.model_dump(), indent=1))}</pre>",
+    ]
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+    write_atomic(run.folder / "report.html", (head + "\n".join(parts) + "</html>\n").encode("utf-8", "replace"))
+
+
+def _curves(history: list[dict[str, Any]]) -> str:
+    figure = Figure((10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        for part in ("train", "val"):
+            axes.plot(epochs, [row[f"{part}_{what}"] for row in history], marker=".", label=part)
+        axes.set(xlabel="epoch", title=what)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    note = "<p>The training loss includes label smoothing and augmentation, the validation loss does not.</p>"
+    return _figure(figure, "curves of loss and accuracy") + note
+
+
+def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> str:
+    counts = confusion.numpy()
+    few = len(classes) <= 30
+    side = min(3 + 0.4 * len(classes), 10)
+    figure = Figure((side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if few:
+        labels = [name.replace("$", r"\$")[:20] for name in classes]  # a dollar would start a formula
+        axes.set_xticks(range(len(classes)), labels, rotation=90)
+        axes.set_yticks(range(len(classes)), labels)
+        for i, j in zip(*np.nonzero(counts)):
+            shade = "white" if counts[i, j] * 2 > counts[i].sum() else "black"
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=shade, fontsize=8)
+    return _figure(figure, "confusion matrix")
+
+
+def _mistakes(test: Split, classes: tuple[str, ...], rows: Tensor, most: int) -> str:
+    wrong = rows[rows[:, 1] != rows[:, 2]]
+    if not len(wrong):
+        return "<p>None.</p>"
+    items = []
+    for position, label, guess, probability, _ in wrong[wrong[:, 4].argsort(descending=True)][:most].tolist():
+        caption = (
+            f"{classes[int(label)]}, taken for {classes[int(guess)]} ({probability:.0%}) · {test.names[int(position)]}"
+        )
+        picture = _picture(test.read(int(position)))
+        items.append(f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return f"<div class=mistakes>{''.join(items)}</div>"
+
+
+def _skipped(skipped: dict[str, str]) -> str:
+    lines = "".join(f"<tr><td>{html.escape(p)}<td>{html.escape(why)}" for p, why in list(skipped.items())[:200])
+    return f"<h2>Skipped files: {len(skipped)}</h2><table>{lines}</table>"
+
+
+def _picture(image: Tensor) -> str:
+    from PIL import Image
+
+    array = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    picture.thumbnail((288, 288))
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    return _embed(png, "")
+
+
+def _figure(figure: Figure, alt: str) -> str:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    return _embed(png, alt)
+
+
+def _embed(png: io.BytesIO, alt: str) -> str:
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
