@@ -2,7 +2,7 @@
 
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     table = "table"
     json = "json"
 
@@ -64,12 +64,9 @@ def train(
         from .train.watch import Console
 
         if resume is not None:
-            result = go_on(resume, data, Console())
+            go_on(resume, data, Console())
         else:
-            result = fit(make_config(given, settings), out, Console())
-    skipped = f", {len(result.skipped)} files skipped" if result.skipped else ""
-    print(f"test accuracy {result.test_accuracy:.4f} (best epoch {result.best_epoch}, {result.seconds:.0f} s{skipped})")
-    print(f"look at {result.folder / 'report.html'}")
+            fit(make_config(given, settings), out, Console())
 
 
 @app.command()
@@ -203,6 +200,8 @@ class _mendable:
             _fail(str(error), 1)
         if isinstance(error, ConfigError | DataError | RunError | CheckpointError) or type(error) is ValueError:
             _fail(str(error))
+        if isinstance(error, OSError):  # a full disk, a folder that may not be written
+            _fail(f"{error.filename or 'files'}: {error.strerror or error}", 1)
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from ..data import DataError, Source, open_source
+from ..data import Source, open_source
 from ..data.loader import Images, TrainOrder, derive, testing_loader, training_loader
 from ..data.transforms import testing, training
 from .build import make_model, make_view, model_info, resolve
 from .config import Config, ConfigError, suggest
-from .loop import Scores, Trainer, TrainError, test_epoch, train_epoch
+from .loop import Scores, Trainer, test_epoch, train_epoch
 from .report import write_report
 from .run import Run, RunError
 from .use import load_best
@@ -160,6 +160,7 @@ def _continue(run: Run, source: Source, t: Trainer, order: TrainOrder, state: di
         )  # fmt: skip
         if zero:
             _finish(run, source, result, scores)
+        watch.finish(result)
     return result
 
 

@@ -61,6 +61,7 @@ def train_epoch(t: Trainer, loader: Iterable[Batch | list[Skipped]], epoch: int,
         MulticlassAccuracy(classes, average="micro").to(t.fabric.device),
     )
     t.model.train()
+    lr = None
     for batch in loader:
         note_skipped(t.skipped, batch, t.watch)
         if not isinstance(batch, Batch):
@@ -91,6 +92,8 @@ def train_epoch(t: Trainer, loader: Iterable[Batch | list[Skipped]], epoch: int,
         mean_loss.update(loss.detach(), len(labels))
         accuracy.update(logits.detach(), labels)
         t.watch.step(shown)
+    if lr is None:
+        raise TrainError("not one training image could be read")
     return {"lr": lr, "train_loss": float(mean_loss.compute()), "train_accuracy": float(accuracy.compute())}
 
 

@@ -19,8 +19,9 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } .big { font-size: 2.6rem; font-weight: 600 }
 img { max-width: 100% } .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; width: 9rem } figure img { width: 9rem; height: 9rem; object-fit: contain; image-rendering: pixelated;
-background: #eee } figcaption { font-size: .8rem; overflow-wrap: anywhere } pre, td { font-size: .85rem }
+figure { margin: 0; width: 9rem } figure img { width: 9rem; height: 9rem; object-fit: contain;
+image-rendering: pixelated; background: #eee }
+figcaption { font-size: .8rem; overflow-wrap: anywhere } pre, td { font-size: .85rem }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } td { padding-right: 1rem; overflow-wrap: anywhere }
 """
 
@@ -28,19 +29,20 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } td { padding-right:
 def write_report(
     run: Run, source: Source, history: list[dict[str, Any]], scores: Scores, summary: dict[str, Any], most: int = 24
 ) -> None:
-    """Write report.html: test accuracy, curves, confusion, the `most` costliest mistakes, skipped files, configuration."""
+    """Write report.html: test accuracy, curves, confusion, the `most` worst mistakes, skipped files, configuration."""
     config, name = run.config, html.escape(f"{run.config.model} on {source.name}")
-    wrong = int(round((1 - scores.accuracy) * len(scores.rows)))
+    wrong = int((scores.rows[:, 1] != scores.rows[:, 2]).sum())
     skipped = summary["skipped"]
     parts = [
         f"<h1>{name}</h1>",
-        f"<p><span class=big>{scores.accuracy:.2%}</span> test accuracy: {wrong} of {len(scores.rows)} images wrong</p>",
+        f"<p><span class=big>{scores.accuracy:.2%}</span> test accuracy: "
+        f"{wrong} of {len(scores.rows)} images wrong</p>",
         f"<p>Best epoch {summary['best_epoch']} of {config.epochs} with {summary['val_accuracy']:.2%} on validation; "
         f"{summary['seconds']:.0f} s of training. The test split was used once, at the end.</p>",
         f"<p>{html.escape('; '.join(source.notes))}</p>" if source.notes else "",
         f"<h2>Training</h2>{_curves(history)}",
         f"<h2>Confusion</h2>{_confusion(scores.confusion, run.classes)}",
-        f"<h2>Costliest mistakes</h2>{_mistakes(source.splits['test'], run.classes, scores.rows, most)}",
+        f"<h2>Worst mistakes</h2>{_mistakes(source.splits['test'], run.classes, scores.rows, most)}",
         _skipped(skipped) if skipped else "",
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config.model_dump(), indent=1))}</pre>",
     ]
@@ -81,17 +83,17 @@ def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> str:
 
 
 def _mistakes(test: Split, classes: tuple[str, ...], rows: Tensor, most: int) -> str:
-    wrong = rows[rows[:, 1] != rows[:, 2]]
-    if not len(wrong):
-        return "<p>None.</p>"
+    """The mistakes with the largest loss; where there are few, the hardest of the others after them."""
+    order = sorted(rows.tolist(), key=lambda row: (row[1] == row[2], -row[4]))
     items = []
-    for position, label, guess, probability, _ in wrong[wrong[:, 4].argsort(descending=True)][:most].tolist():
-        caption = (
-            f"{classes[int(label)]}, taken for {classes[int(guess)]} ({probability:.0%}) · {test.names[int(position)]}"
-        )
+    for position, label, guess, probability, _ in order[:most]:
+        verdict = f"taken for {classes[int(guess)]}" if label != guess else "right"
+        caption = f"{classes[int(label)]}, {verdict} ({probability:.0%}) · {test.names[int(position)]}"
         picture = _picture(test.read(int(position)))
         items.append(f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return f"<div class=mistakes>{''.join(items)}</div>"
+    return (
+        f"<p>Ordered by loss; right ones follow where mistakes are few.</p><div class=mistakes>{''.join(items)}</div>"
+    )
 
 
 def _skipped(skipped: dict[str, str]) -> str:

@@ -25,6 +25,9 @@ class Watch:
     def note(self, text: str) -> None:
         """Something people should know."""
 
+    def finish(self, result: Any) -> None:
+        """The run is complete; result is a RunResult."""
+
 
 class Console(Watch):
     """A progress bar with loss, accuracy and time left; one line an epoch stays."""
@@ -72,3 +75,11 @@ class Console(Watch):
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def finish(self, result: Any) -> None:
+        about = f"best epoch {result.best_epoch}, {result.seconds:.0f} s"
+        if result.skipped:
+            about += f", {len(result.skipped)} files skipped"
+        self.progress.stop()
+        self.note(f"test accuracy {result.test_accuracy:.4f} ({about})")
+        self.note(f"look at {result.folder / 'report.html'}")

@@ -1,0 +1,119 @@
+"""Reference figures of the official networks: the fill rule, the inputs, and which call of ours each golden stands for.
+
+A golden holds the outputs of an official module whose weights follow a fixed rule from their official names, so a model
+that takes those weights through `load_checkpoint` and gives those outputs has the published names, shapes and arithmetic.
+`table.json` beside this file is the compact form (made by make_table.py): per output the largest magnitude and a few
+values at evenly spaced places, the parameter count and a hash of the official names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import vertebra
+
+HERE = Path(__file__).resolve().parent
+SHARED = Path(os.environ.get("VERTEBRA_SHARED") or HERE.parents[2] / "shared")
+GOLDEN = SHARED / "golden"
+BAR = 1e-5
+PROBES = 16
+
+# stem of a golden -> (model, create_model options, fused first?); stems not listed are names of models
+CALLS: dict[str, tuple[str, dict, bool]] = {
+    "crossformer_tiny_dense_224x320": ("crossformer_tiny", {"features_only": True}, False),
+    "swin_tiny_dense_256x192": ("swin_tiny_patch4_window7_224", {"features_only": True}, False),
+    "vit_tiny_patch16_224_256x192": ("vit_tiny_patch16_224", {}, False),
+    "vit_tiny_patch16_224_gap": ("vit_tiny_patch16_224", {"global_pool": "avg"}, False),
+    "pvt_tiny_256x192": ("pvt_tiny", {}, False),
+    "pvt_tiny_dense_192x288": ("pvt_tiny", {"features_only": True}, False),
+    "repvgg_a0_fused": ("repvgg_a0", {}, True),
+    "lightvit_tiny_dense_200x264": ("lightvit_tiny", {"features_only": True}, False),
+    "lightvit_tiny_dense_256x192": ("lightvit_tiny", {"features_only": True}, False),
+}
+
+
+def fill_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor that the official name `key` stands for: normal numbers seeded by the name, scaled by its role."""
+    draw = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    z = np.asarray(draw, np.float32)
+    leaf = key.split(".")[-1]
+    if leaf == "running_var":
+        return np.asarray(1 + 0.1 * np.abs(z), np.float32)
+    if leaf == "weight" and len(shape) > 1:
+        return np.asarray(z / math.sqrt(math.prod(shape[1:])), np.float32)
+    if leaf == "weight" and len(shape) == 1:
+        return np.asarray(1 + 0.1 * z, np.float32)
+    return np.asarray(0.1 * z, np.float32)
+
+
+def make_input(shape, seed: int = 1234) -> np.ndarray:
+    """A batch of standard normal numbers."""
+    return np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32)
+
+
+def names_hash(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Hash of official names and shapes, in sorted order."""
+    text = "\n".join(f"{k} {tuple(shapes[k])}" for k in sorted(shapes))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def places(count: int) -> np.ndarray:
+    """Up to PROBES evenly spaced positions in a flat array."""
+    return np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(np.int64))
+
+
+def load_table() -> dict[str, dict]:
+    """The compact table: stem (family/variant) -> figures."""
+    return json.loads((HERE / "table.json").read_text())
+
+
+def build(stem: str) -> vertebra.Backbone:
+    """The model of ours that a golden's stem (family/variant) stands for, in evaluation mode."""
+    variant = stem.split("/")[1]
+    name, options, fused = CALLS.get(variant, (variant, {}, False))
+    model = vertebra.create_model(name, **options).eval()
+    return vertebra.fuse(model) if fused else model
+
+
+def official_shapes(model: vertebra.Backbone) -> dict[str, tuple[int, ...]]:
+    """Official names and shapes of a model's parameters and running statistics."""
+    return {k: tuple(v.shape) for k, v in vertebra.to_official(model).items()}
+
+
+def run(model: vertebra.Backbone, x: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+    """The outputs `names` of the model; maps in order for a dense version."""
+    with torch.no_grad():
+        batch = torch.from_numpy(x)
+        if model.features_only:
+            found = dict(zip(names, model(batch), strict=True))
+        else:
+            outputs = model.forward_outputs(batch)
+            found = {name: outputs[name] for name in names}
+    return {k: v.numpy() for k, v in found.items()}
+
+
+def cases(row: dict) -> Iterator[tuple[str, np.ndarray, dict]]:
+    """(suffix, input, {output: figures}) for each input scale of a table row."""
+    x = make_input(row["input"])
+    plain = {k: v for k, v in row["outputs"].items() if not k.endswith("_x100")}
+    scaled = {k.removesuffix("_x100"): v for k, v in row["outputs"].items() if k.endswith("_x100")}
+    yield "", x, plain
+    if scaled:
+        yield "_x100", 100 * x, scaled
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray, largest: float | None = None) -> float:
+    """max |ours - reference| over max |reference|; infinite for another shape or a value that is not finite."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    if ours.shape != reference.shape or not np.isfinite(ours).all():
+        return math.inf
+    return float(np.abs(ours - reference).max() / (largest or np.abs(reference).max()))

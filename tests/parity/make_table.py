@@ -1,0 +1,40 @@
+"""Write table.json from the full goldens: python tests/parity/make_table.py (needs ../shared/golden)."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+from figures import GOLDEN, HERE, names_hash, places
+
+import vertebra
+
+
+def row(path) -> dict:
+    """The compact figures of one golden."""
+    meta = json.loads(path.read_text())
+    with np.load(path.with_suffix(".npz")) as stored:
+        arrays = {k: stored[k] for k in stored.files}
+    kept = {k: tuple(shape) for k, shape, kind in meta["state"] if kind != "const"}
+    outputs = {}
+    for name, array in arrays.items():
+        flat = array.astype(np.float64).ravel()
+        probes = [float(f"{v:.9g}") for v in flat[places(flat.size)]]
+        outputs[name] = {"shape": list(array.shape), "largest": float(f"{np.abs(flat).max():.9g}"), "values": probes}
+    figures = {"input": meta["input"]["shape"], "params": meta["params"], "names": names_hash(kept)}
+    return figures | {"source": meta["source"].get("repo") or meta["source"].get("repository"), "outputs": outputs}
+
+
+if __name__ == "__main__":
+    table = {
+        f"{family}/{path.stem}": row(path)
+        for family in vertebra.list_families()
+        for path in sorted((GOLDEN / family).glob("*.json"))
+    }
+    text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items()) + "\n}\n"
+    target = HERE / "table.json"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, target)
+    print(f"{len(table)} rows")

@@ -1,0 +1,288 @@
+"""What every family promises, driven by the registry: one small variant each, at ranks 1, 2 and 3."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import vertebra
+from vertebra.registry import build
+
+# The smallest variant of each family, cut to a few blocks so that three ranks of everything take seconds.
+SMALL: dict[str, tuple[str, dict]] = {
+    "crossformer": ("crossformer_pp_small", dict(dim=32, depths=(1, 1, 4, 1), heads=(2, 2, 4, 4))),
+    "swin": ("swin_tiny_patch4_window7_224", dict(dim=24, depths=(2, 1, 2, 1), heads=(2, 2, 4, 4))),
+    "vit": ("vit_tiny_patch16_224", dict(dim=48, depth=4, heads=3)),
+    "deit": ("deit_tiny_distilled_patch16_224", dict(dim=48, depth=4, heads=3)),
+    "pvt": ("pvt_v2_b0", dict(dims=(16, 32, 40, 64), depths=(1, 1, 2, 1))),
+    "resnet": ("resnet18", dict(layers=(1, 1, 1, 1))),
+    "repvgg": ("repvgg_a0", dict(blocks=(1, 1, 2, 1), widths=(16, 16, 32, 48, 64))),
+    "lightvit": ("lightvit_tiny", dict(dims=(32, 32, 64), depths=(1, 1, 2), heads=(1, 1, 2))),
+    "dualtoken_vit": ("dualtoken_vit_mini", dict(dims=(32, 32, 64), depths=(1, 1, 2), heads=(1, 1, 2))),
+}
+MORE = {"pvt_v1": ("pvt_tiny", dict(dims=(16, 32, 40, 64), depths=(1, 1, 2, 1)))}
+NETS = SMALL | MORE
+RANKS = (1, 2, 3)
+each = pytest.mark.parametrize("net", sorted(NETS))
+each_rank = pytest.mark.parametrize(("net", "ndim"), list(itertools.product(sorted(NETS), RANKS)))
+
+
+def make(net: str, ndim: int = 2, seed: int = 0, **options):
+    """A small model of the family, two input channels, five classes, non-trivial norms."""
+    name, small = NETS[net]
+    torch.manual_seed(seed)
+    model = vertebra.create_model(name, ndim=ndim, **({"in_chans": 2, "num_classes": 5} | options), **small)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def image(model, ndim: int = 2, batch: int = 2, extra: int = 5):
+    """Odd sizes a little above the smallest allowed one, different on each axis."""
+    torch.manual_seed(1)
+    return torch.randn(batch, model.in_chans, *(model.min_size + extra + 8 * i for i in range(ndim)))
+
+
+def error(a, b) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def test_every_family_is_tested():
+    assert set(SMALL) == set(vertebra.list_families())
+
+
+@each_rank
+def test_forward_backward_reaches_every_parameter(net, ndim):
+    model = make(net, ndim)
+    y = model(image(model, ndim))
+    assert y.shape == (2, 5)
+    y.square().sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    # a map of one cell leaves relative positions other than zero without gradient, but still with a tensor of zeros
+    assert dead == []
+
+
+@each_rank
+def test_head_of_features_is_forward(net, ndim):
+    model = make(net, ndim).eval()
+    x = image(model, ndim)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        logits = model(x)
+        assert torch.equal(model.forward_head(features), logits)
+        assert torch.equal(model.forward_outputs(x)["logits"], logits)
+        pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape[0] == 2 and pooled.ndim == 2
+    first = features[0] if isinstance(features, tuple) else features
+    if model.tokens:
+        assert first.ndim == 3 and first.shape[2] == model.num_features
+    else:
+        assert first.ndim == ndim + 2 and first.shape[1] == model.num_features
+
+
+@each_rank
+def test_maps_have_the_promised_channels_and_strides(net, ndim):
+    model = make(net, ndim, features_only=True).eval()
+    side = 2 * model.min_size
+    x = torch.randn(1, 2, *(side for _ in range(ndim)))
+    with torch.no_grad():
+        maps = model(x)
+    assert len(maps) == len(model.out_indices)
+    for x_map, index in zip(maps, model.out_indices, strict=True):
+        info = model.feature_info[index]
+        assert x_map.shape == (1, info["num_chs"], *(side // info["reduction"],) * ndim)
+        assert model.get_submodule(info["module"]) is model.stages[index]
+
+
+@each_rank
+def test_smallest_and_odd_sizes(net, ndim):
+    model = make(net, ndim).eval()
+    least = model.min_size
+    with torch.no_grad():
+        assert model(torch.randn(1, 2, *(least,) * ndim)).isfinite().all()
+        assert model(torch.randn(1, 2, *(least + 2 * i + 1 for i in range(ndim)))).isfinite().all()
+    for shape, words in (
+        ((1, 2, *(least - 1,) * ndim), "too small"),
+        ((1, 3, *(least,) * ndim), "3 channels"),
+        ((1, 2, *(least,) * (ndim % 3 + 1)), f"ndim={ndim}"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model(torch.randn(shape))
+
+
+@each
+def test_a_sample_does_not_depend_on_its_batch(net):
+    model = make(net).eval()
+    x = image(model, batch=3)
+    with torch.no_grad():
+        assert error(model(x)[1:2], model(x[1:2])) <= 1e-5
+
+
+@each
+def test_intermediates_agree_with_features_only_weights(net):
+    model = make(net).eval()
+    x = image(model)
+    with torch.no_grad():
+        maps = model.forward_intermediates(x)
+        assert len(maps) == len(model.feature_info)
+        some = model.forward_intermediates(x, [0, -1])
+        assert torch.equal(some[0], maps[0]) and torch.equal(some[1], maps[-1])
+        assert torch.equal(model.forward_intermediates(x, 1)[0], maps[-1])
+    with pytest.raises(ValueError, match="indices"):
+        model.forward_intermediates(x, [99])
+
+
+@each
+def test_classification_weights_load_into_the_dense_version(net):
+    model, dense = make(net), make(net, seed=1, features_only=True)
+    report = vertebra.load_checkpoint(dense, model.state_dict())
+    shared = dense.state_dict().keys() & model.state_dict().keys()
+    assert shared and all(torch.equal(dense.state_dict()[k], model.state_dict()[k]) for k in shared)
+    assert not report.missing and not report.unexpected
+    assert {k for k in report.unused if not k.endswith("num_batches_tracked")} == {
+        k for k in model.state_dict().keys() - dense.state_dict().keys() if not k.endswith("num_batches_tracked")
+    }
+
+
+@each
+def test_classifier_can_be_reset_and_left_out(net):
+    model = make(net).eval()
+    x = image(model)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == 7
+    headless = make(net, num_classes=0).eval()
+    pooled = headless(x)
+    assert torch.equal(pooled, headless.forward_head(headless.forward_features(x), pre_logits=True))
+    with pytest.raises(ValueError, match="num_classes"):
+        model.reset_classifier(-1)
+
+
+@each
+def test_gradient_checkpointing_changes_nothing(net):
+    plain = make(net).train()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing(True)
+    x = image(plain)
+    for model in (plain, saving):
+        torch.manual_seed(3)
+        model(x).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6 * p.grad.abs().max().item() + 1e-12), name
+    for (name, b), c in zip(plain.named_buffers(), saving.named_buffers(), strict=True):
+        assert torch.equal(b, c), name
+
+
+@each
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_groups_cover_every_parameter(net, coarse):
+    from timm.models import group_with_matcher
+
+    model = make(net)
+    groups = group_with_matcher(model.named_parameters(), model.group_matcher(coarse), reverse=True)
+    assert set(groups) == {n for n, _ in model.named_parameters()}
+    first = next(n for n, _ in model.named_parameters() if not n.startswith(("stages", "norm", "head", "neck")))
+    assert groups[first] == 0
+    assert groups["head.weight"] == max(groups.values())
+
+
+@each
+def test_no_weight_decay_names_exist(net):
+    model = make(net)
+    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+
+
+@each
+def test_state_dict_round_trips_through_official_names(net, tmp_path):
+    model, other = make(net).eval(), make(net, seed=1).eval()
+    vertebra.load_checkpoint(other, vertebra.to_official(model))
+    x = image(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), other(x))
+    vertebra.save_checkpoint(model, tmp_path / "m.safetensors")
+    third = make(net, seed=2).eval()
+    vertebra.load_checkpoint(third, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(x), third(x))
+
+
+@each_rank
+def test_fusing_keeps_the_outputs(net, ndim):
+    model = make(net, ndim)
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(image(model, ndim))  # statistics that are not the initial ones
+    with pytest.raises(ValueError, match="training mode"):
+        vertebra.fuse(model)
+    model.eval()
+    x = image(model, ndim)
+    with torch.no_grad():
+        before = model(x)
+        for published in (True, False):
+            fused = vertebra.fuse(model, published=published)
+            assert error(fused(x), before) <= 1e-5
+            assert error(vertebra.fuse(fused, published=published)(x), before) <= 1e-5
+        assert torch.equal(model(x), before)
+
+
+@each
+def test_meta_construction_names_the_same_tensors(net):
+    model = make(net)
+    twin = build(model.recipe, "meta")
+    assert all(t.is_meta for t in twin.state_dict().values())
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+@each
+def test_autocast_is_finite_and_close(net):
+    model = make(net).eval()
+    x = image(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(x).float()
+    with torch.no_grad():
+        full = model(x)
+    assert half.isfinite().all()
+    assert error(half, full) <= 0.1  # bf16 keeps 8 bits; a NaN or a dropped mask is far outside
+
+
+@each
+def test_exports_with_dynamic_batch_and_sizes(net):
+    from torch.fx.experimental import _config
+
+    model = make(net).eval()
+    least = model.min_size
+    dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    # sizes at which every stage has several cells and windows: a program holds within one such regime
+    x = torch.randn(2, 2, 17 * least, 19 * least + 3) if least <= 16 else torch.randn(2, 2, 9 * least, 10 * least + 3)
+    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
+        program = torch.export.export(model, (x,), dynamic_shapes=(dims,)).module()
+        for sides in ((x.shape[2], x.shape[3]), (x.shape[2] + least, x.shape[3] + 2 * least - 1)):
+            y = torch.randn(3, 2, *sides)
+            assert error(program(y), model(y)) <= 1e-5
+
+
+@each
+def test_compiles_without_a_graph_break(net):
+    model = make(net).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = image(model)
+    with torch.no_grad():
+        assert error(compiled(x), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", vertebra.list_models())
+def test_published_parameter_counts(name):
+    info = vertebra.model_info(name)
+    with torch.device("meta"):
+        model = vertebra.create_model(name)
+    measured = sum(p.numel() for p in model.parameters()) / 1e6
+    published = info.published["params_m"]
+    # papers print one decimal or whole millions, and some truncate: within one unit of the last printed digit
+    digits = len(str(published).partition(".")[2])
+    unit = 10.0 ** -(digits if "." in str(published) else 0)
+    assert abs(measured - published) <= unit, f"{measured:.4f} M measured, {published} M published"
