@@ -180,7 +180,7 @@ def test_gradient_checkpointing_changes_nothing(net):
 @each
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layer_groups_cover_every_parameter(net, coarse):
-    from timm.models import group_with_matcher
+    from timm.models._manipulate import group_with_matcher
 
     model = make(net)
     groups = group_with_matcher(model.named_parameters(), model.group_matcher(coarse), reverse=True)

@@ -267,5 +267,10 @@ class Backbone(nn.Module):
             return {"stem": first, "blocks": [(r"^stages\.(\d+)", None), last]}
         return {
             "stem": first,
-            "blocks": [(r"^stages\.(\d+)\.(?:down|norm)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), last],
+            "blocks": [
+                (r"^stages\.(\d+)\.down", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),  # timm's number for "with the group before"
+                last,
+            ],
         }

@@ -11,8 +11,8 @@ def test_digits_counts():
     assert counts["val"] == [18, 18, 18, 18, 18, 18, 18, 18, 17, 18]
     assert sum(map(sum, counts.values())) == 1797
     assert len({name for split in source.splits.values() for name in split.names}) == 1797
-    image = source.splits["train"].read(0)
-    assert image.shape == (1, 8, 8) and image.max() == 255
+    images = [source.splits["train"].read(i) for i in range(9)]
+    assert {x.shape for x in images} == {(1, 8, 8)} and max(x.max() for x in images) == 255
 
 
 def test_limit_is_balanced_and_nested():

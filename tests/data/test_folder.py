@@ -35,7 +35,7 @@ def test_stratified_counts_are_exact_and_do_not_change(tmp_path):
     assert list(source.splits["val"].names) == GOLDEN_VAL
 
 
-GOLDEN_VAL = []
+GOLDEN_VAL = ["a/015.png", "a/019.png", "b/011.png", "b/019.png", "b/024.png", "c/007.png"]
 
 
 def test_given_split_folders_are_honoured(tmp_path):

@@ -1,6 +1,5 @@
 import gzip
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,26 +36,28 @@ def test_round_trip(tmp_path, name):
 GOOD = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (gzip.compress(GOOD)[:-12], "cannot be read"),  # gz cut off
-        (gzip.compress(GOOD)[:20] + b"\xff" * 30, "cannot be read"),  # gz damaged
-        (b"not a gz file at all", "cannot be read"),
-        (gzip.compress(GOOD[:-1]), "holds 23"),
-        (gzip.compress(GOOD + b"x"), "holds more"),
-        (gzip.compress(GOOD[:9]), "ends inside its header"),
-        (gzip.compress(b""), "ends inside its header"),
-        (gzip.compress(b"\0\0\x0d\x03" + GOOD[4:]), "not an idx3 file of bytes"),  # floats
-        (gzip.compress(idx_bytes(np.zeros(20, np.uint8))), "not an idx3 file of bytes"),  # labels for images
-        (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "over"),  # 2^96 bytes declared
-        (gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 0, 28, 28)), "empty"),
-        (gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2000, 1000, 1000) + b"abc"), "holds 3"),
-    ],
-)
-def test_each_corruption_is_one_line_with_the_path(tmp_path, content, message):
+HEAD = b"\0\0\x08\x03"
+BROKEN = {  # what is in the gz file (or, as is, what is in place of it), and what the message says
+    "floats": (b"\0\0\x0d\x03" + GOOD[4:], "not an idx3 file of bytes"),
+    "labels for images": (idx_bytes(np.zeros(20, np.uint8)), "not an idx3 file of bytes"),
+    "one byte short": (GOOD[:-1], "holds 23"),
+    "one byte more": (GOOD + b"x", "holds more"),
+    "half a header": (GOOD[:9], "ends inside its header"),
+    "empty": (b"", "ends inside its header"),
+    "2^96 bytes": (HEAD + b"\xff" * 12, "over 2147483648 bytes"),
+    "no images": (HEAD + struct.pack(">3I", 0, 28, 28), "is empty"),
+    "2 GB declared, 3 bytes there": (HEAD + struct.pack(">3I", 2000, 1000, 1000) + b"abc", "holds 3"),
+    "gz cut off": (gzip.compress(GOOD)[:-12], "cannot be read"),
+    "gz checksum": (gzip.compress(GOOD)[:-8] + bytes(8), "cannot be read"),
+    "no gz": (b"not a gz file at all", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_corruption_is_one_line_with_the_path(tmp_path, case):
+    content, message = BROKEN[case]
     path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(content)
+    path.write_bytes(content if "gz" in case else gzip.compress(content))
     with pytest.raises(DataError, match=message) as error:
         read_idx(path, 3)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
@@ -72,7 +73,6 @@ def test_damage_anywhere_is_an_error_or_other_pixels(tmp_path):
             assert read_idx(path, 3).dtype == np.uint8
         except DataError as e:
             assert str(path) in str(e)
-    assert zlib.crc32(content)  # the original was left alone
 
 
 def test_splits(tmp_path):

@@ -87,11 +87,11 @@ def collate(samples: list[tuple[Tensor, int, int] | Skipped]) -> Batch | list[Sk
     return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions), bad)
 
 
-def training_loader(images: Images, order: TrainOrder, workers: int) -> DataLoader:
+def train_loader(images: Images, order: TrainOrder, workers: int) -> DataLoader:
     return _loader(images, order, workers)
 
 
-def testing_loader(images: Images, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader:
+def eval_loader(images: Images, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader:
     """Every sample exactly once over all processes, in order."""
     mine = [(0, i) for i in range(rank, len(images.split), world)]
     return _loader(images, [mine[i : i + batch] for i in range(0, len(mine), batch)], workers)

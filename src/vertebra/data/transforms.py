@@ -24,7 +24,7 @@ class View:
     interpolation: str = "bilinear"
 
 
-def testing(view: View) -> v2.Compose:
+def eval_transform(view: View) -> v2.Compose:
     """uint8 (C, H, W) -> float (channels, *size); nothing random."""
     mode = InterpolationMode(view.interpolation)
     if view.crop >= 1:
@@ -35,14 +35,14 @@ def testing(view: View) -> v2.Compose:
     return v2.Compose([_Channels(view.channels), *resize, *_finish(view)])
 
 
-def training(view: View, augment: Augment) -> v2.Compose:
+def train_transform(view: View, augment: Augment) -> v2.Compose:
     """The same with augmentation.
 
     light: small turns, shifts and scales, never mirrored (digits, small grey images);
     standard: random crops and mirroring; strong: TrivialAugment and erasing besides.
     """
     if augment == "none":
-        return testing(view)
+        return eval_transform(view)
     mode = InterpolationMode(view.interpolation)
     if augment == "light":
         move = v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR)

@@ -13,11 +13,11 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 from ..data import Source, open_source
-from ..data.loader import Images, TrainOrder, derive, testing_loader, training_loader
-from ..data.transforms import testing, training
+from ..data.loader import Images, TrainOrder, derive, eval_loader, train_loader
+from ..data.transforms import eval_transform, train_transform
 from .build import make_model, make_view, model_info, resolve
 from .config import Config, ConfigError, suggest
-from .loop import Scores, Trainer, test_epoch, train_epoch
+from .loop import Scores, Trainer, eval_epoch, train_epoch
 from .report import write_report
 from .run import Run, RunError
 from .use import load_best
@@ -130,10 +130,10 @@ def _continue(run: Run, source: Source, t: Trainer, order: TrainOrder, state: di
     view, zero = make_view(config), t.fabric.is_global_zero
     for bad in source.skipped:
         t.skipped.setdefault(bad.path, bad.reason)
-    train = Images(source.splits["train"], training(view, config.augment), config.seed)
+    train = Images(source.splits["train"], train_transform(view, config.augment), config.seed)
     shard = (2 * order.batch // order.world, config.workers, t.fabric.global_rank, t.fabric.world_size)
-    loaders = {key: testing_loader(Images(source.splits[key], testing(view)), *shard) for key in ("val", "test")}
-    loader = training_loader(train, order, config.workers)
+    loaders = {key: eval_loader(Images(source.splits[key], eval_transform(view)), *shard) for key in ("val", "test")}
+    loader = train_loader(train, order, config.workers)
     history, best = list(state["history"]), state["best"]
     with t.watch as watch:
         for line in (*source.notes, *(f"skipped {path}: {reason}" for path, reason in t.skipped.items())):
@@ -143,7 +143,7 @@ def _continue(run: Run, source: Source, t: Trainer, order: TrainOrder, state: di
             began = time.perf_counter()
             order.epoch = epoch
             row = {"epoch": epoch + 1} | train_epoch(t, loader, epoch, classes)
-            val = test_epoch(t.fabric, t.tested, loaders["val"], classes, t.skipped, watch)
+            val = eval_epoch(t.fabric, t.tested, loaders["val"], classes, t.skipped, watch)
             row |= {"val_loss": val.loss, "val_accuracy": val.accuracy, "seconds": time.perf_counter() - began}
             history.append(row)
             better = best is None or (val.accuracy, -val.loss) > (best["val_accuracy"], -best["val_loss"])
@@ -153,7 +153,7 @@ def _continue(run: Run, source: Source, t: Trainer, order: TrainOrder, state: di
             watch.epoch(row, config.epochs)
         t.fabric.barrier()
         load_best(run, t.tested)
-        scores = test_epoch(t.fabric, t.tested, loaders["test"], classes, t.skipped, watch)
+        scores = eval_epoch(t.fabric, t.tested, loaders["test"], classes, t.skipped, watch)
         result = RunResult(
             run.folder, scores.accuracy, best["val_accuracy"], best["epoch"],
             sum(row["seconds"] for row in history), history, t.skipped,

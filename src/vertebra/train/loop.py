@@ -116,7 +116,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def test_epoch(
+def eval_epoch(
     fabric: Fabric,
     model: nn.Module,
     loader: Iterable[Batch | list[Skipped]],

@@ -13,11 +13,11 @@ import vertebra
 
 from ..data import DataError, open_source
 from ..data.folder import read_image
-from ..data.loader import Images, testing_loader
+from ..data.loader import Images, eval_loader
 from ..data.open import open_unseen
-from ..data.transforms import testing
+from ..data.transforms import eval_transform
 from .build import make_model, make_view
-from .loop import test_epoch
+from .loop import eval_epoch
 from .run import Run, RunError
 from .watch import Watch
 
@@ -77,8 +77,8 @@ def evaluate(folder: str | Path, data: str | None = None, watch: Watch | None = 
     skipped = {bad.path: bad.reason for bad in source.skipped}
     for path, reason in skipped.items():
         watch.note(f"skipped {path}: {reason}")
-    loader = testing_loader(Images(split, testing(make_view(config))), 2 * config.batch_size, config.workers)
-    scores = test_epoch(fabric, model, loader, len(classes), skipped, watch)
+    loader = eval_loader(Images(split, eval_transform(make_view(config))), 2 * config.batch_size, config.workers)
+    scores = eval_epoch(fabric, model, loader, len(classes), skipped, watch)
     found, total = scores.confusion.diagonal().tolist(), scores.confusion.sum(1).tolist()
     shares = {name: (n, k / n if n else None) for name, n, k in zip(classes, total, found)}
     return Evaluation(scores.accuracy, scores.loss, len(scores.rows), shares, scores.confusion.tolist(), skipped)
@@ -92,7 +92,7 @@ def predict(folder: str | Path, images: Sequence[str | Path], top: int = 5) -> l
     fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
     model = fabric.to_device(load_best(run, make_model(config, len(classes)))).eval()
     view = make_view(config)
-    transform = testing(view)
+    transform = eval_transform(view)
     results = []
     for path in images:
         try:
