@@ -75,6 +75,7 @@ class Backbone(nn.Module):
     feature_info: list[dict[str, Any]]
     num_features: int
     default_indices: tuple[int, ...] | None = None
+    load_report: Any = None  # what loading did, where create_model was given a checkpoint
 
     def __init__(self, ndim=2, in_chans=3, num_classes=1000, features_only=False, out_indices=None):
         super().__init__()
@@ -149,13 +150,18 @@ class Backbone(nn.Module):
         """Every named output; "logits" is the prediction."""
         return {"logits": self.head(self.pre_logits(features))}
 
+    @classmethod
+    def translate(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of another framework under the official PyTorch names; by default as it is."""
+        return state
+
     # --- the contract -----------------------------------------------------------------------------------------------
 
     def _check(self, x: Tensor) -> None:
         least = self.min_size
         if x.ndim != self.ndim + 2:
             raise ValueError(
-                f"input has shape {tuple(x.shape)}: a model with ndim={self.ndim} needs (B, C, *S) with {self.ndim + 2} axes"
+                f"input has shape {tuple(x.shape)}: a model with ndim={self.ndim} needs (B, C, *S), {self.ndim + 2} axes"
             )
         if x.shape[1] != self.in_chans:
             raise ValueError(f"input has {x.shape[1]} channels, this model needs in_chans={self.in_chans}")

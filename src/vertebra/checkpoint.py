@@ -38,7 +38,9 @@ class LoadReport:
     naming: str = "ours"  # "ours" or "official"
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # the model has them, the file should have had them
-    fresh: list[str] = field(default_factory=list)  # the model has them, the published network does not: left as they were
+    fresh: list[str] = field(
+        default_factory=list
+    )  # the model has them, the published network does not: left as they were
     unused: list[str] = field(default_factory=list)  # the published network has them, this model does not (its head)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
@@ -59,6 +61,14 @@ def _read_file(path: Path) -> Any:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+    if path.suffix == ".npz":
+        import numpy
+
+        try:
+            with numpy.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except Exception as error:  # zip, header and dtype faults are of many kinds
+            raise CheckpointError(f"{path}: not a whole archive of plain arrays ({str(error)[:200]})") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -121,7 +131,7 @@ def official_name(model: Backbone, name: str) -> str:
 
 
 def _names(model: Backbone) -> dict[str, str]:
-    """Official name of each of the model's tensors; RuntimeError where two of ours meet in one (a fault in the rules)."""
+    """Official name of each of the model's tensors; RuntimeError where two of ours meet (a fault in the rules)."""
     names = {ours: official_name(model, ours) for ours in model.state_dict()}
     if len(set(names.values())) != len(names):
         raise RuntimeError(f"the name rules of {type(model).__name__} are not one to one")
@@ -153,7 +163,7 @@ def _twin(model: Backbone, **changes: Any) -> Backbone | None:
 
 
 def _stem_weight(model: Backbone, ours: str, tensor: Tensor, want: torch.Size) -> Tensor | None:
-    """An image stem's weight (O, 3, *K) for another number of input channels: repeated and rescaled to equal response."""
+    """An image stem's weight (O, 3, *K) for other input channels: repeated, rescaled to equal response."""
     same = tensor.ndim == len(want) and tensor.shape[0] == want[0] and tensor.shape[2:] == want[2:]
     if not same or ours.startswith("stages.") or want[1] != model.in_chans:
         return None
@@ -179,8 +189,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load `source` (path, URL or state dict; official naming or ours, recognised by itself) into `model`.
 
-    Wrapper keys (model, state_dict, ema, ...) and prefixes (module., backbone.) are taken off; position tables of another
-    size are resampled; constant buffers of the official code may be there or not. new_head leaves a head of another
+    Wrapper keys (model, state_dict, ema, ...) and prefixes (module., backbone.) are taken off; position tables of
+    another size are resampled; constant buffers of the official code may be there or not. new_head leaves a head of another
     number of classes as it is; new_stem fits an image stem to another number of input channels. With strict=False what
     fits is loaded and the rest is reported.
 
@@ -188,6 +198,7 @@ def load_checkpoint(
     what is missing, unexpected or misshapen.
     """
     state, what = _source(source, sha256)
+    state = model.translate(state)
     names = _names(model)
     twin = _twin(model)
     known_ours = set(names) | (set(twin.state_dict()) if twin is not None else set())
@@ -196,7 +207,9 @@ def load_checkpoint(
     official = len(known_theirs & theirs_first.keys()) > len(known_ours & ours_first.keys())
     state = theirs_first if official else ours_first
     key = names if official else {k: k for k in names}  # ours -> the file's name
-    twin_keys = (set(_names(twin).values()) if official else set(twin.state_dict())) if twin is not None else set(key.values())
+    twin_keys = (
+        (set(_names(twin).values()) if official else set(twin.state_dict())) if twin is not None else set(key.values())
+    )
     report = LoadReport("official" if official else "ours")
     state = {k: v for k, v in state.items() if k in twin_keys or not any(re.search(p, k) for p in type(model).CONSTANT)}
 
@@ -222,7 +235,9 @@ def load_checkpoint(
                 fitted = _stem_weight(model, ours, tensor, want.shape)
             fitted = _adapted(model, ours, tensor) if fitted is None else fitted
             if fitted is None or fitted.shape != want.shape:
-                report.misshapen.append(f"{theirs}: {tuple(tensor.shape)} in the file, {tuple(want.shape)} in the model")
+                report.misshapen.append(
+                    f"{theirs}: {tuple(tensor.shape)} in the file, {tuple(want.shape)} in the model"
+                )
                 continue
             report.adapted.append(theirs)
             tensor = fitted
@@ -247,7 +262,8 @@ def _complaint(model: Backbone, what: str, report: LoadReport, total: int) -> st
         some("missing", report.missing), some("unexpected", report.unexpected), some("misshapen", report.misshapen),
     ]  # fmt: skip
     name = model.recipe.get("name", type(model).__name__)
-    return f"{what} does not fit {name} ({report.naming} naming): {'; '.join(p for p in parts if p)}. {_advice(model, report, total)}"
+    misfit = "; ".join(p for p in parts if p)
+    return f"{what} does not fit {name} ({report.naming} naming): {misfit}. {_advice(model, report, total)}"
 
 
 def _advice(model: Backbone, report: LoadReport, total: int) -> str:
@@ -267,7 +283,7 @@ def _advice(model: Backbone, report: LoadReport, total: int) -> str:
     if report.misshapen and not report.missing and not report.unexpected:
         if all(m.startswith(heads) or ".head" in m for m in report.misshapen):
             return "For another number of classes pass num_classes to create_model(checkpoint=...), or new_head=True."
-        return "Build the model with the file's options (size, channels); create_model(in_chans=..., checkpoint=...) fits a stem."
+        return "Build the model with the file's options; create_model(in_chans=..., checkpoint=...) fits a stem."
     if len(report.loaded) < total / 2:
         return "Is it a file of another model? See vertebra.list_models()."
     return "Build the variant the file belongs to, or pass strict=False to load what fits."

@@ -137,7 +137,13 @@ def model_info(name: str) -> ModelInfo:
     config = {k: v for k, v in variant.config.items() if k != "model"}
     paper = (family.paper, family.venue, family.arxiv, family.code, family.licence)
     return ModelInfo(
-        name, family.name, *paper, copy.deepcopy(variant.published), copy.deepcopy(config), variant.weights, variant.inputs
+        name,
+        family.name,
+        *paper,
+        copy.deepcopy(variant.published),
+        copy.deepcopy(config),
+        variant.weights,
+        variant.inputs,
     )
 
 
@@ -174,14 +180,15 @@ def create_model(
         num_classes: outputs of the head (1000 if not given); 0 gives pooled features.
         img_size: size the tables of positions or windows are built for (default: the published one). Any input size
             from the largest stride up works whatever this is.
-        drop_path_rate: stochastic depth; None means none. The published training rate is in ``model_info(name).published``.
+        drop_path_rate: stochastic depth; None means none. The published rate is in ``model_info(name).published``.
         features_only: the paper's dense-prediction version, model(x) is a list of maps (`out_indices` selects).
         pretrained: load the published weights (only where they can be fetched: ``model_info(name).weights.status``).
         checkpoint: a file, URL or state dict in official or our naming. A head of another size is left fresh if
-            `num_classes` was given, an image stem is adapted if `in_chans` is not 3; the report is ``model.load_report``.
+            `num_classes` was given, an image stem is adapted if `in_chans` is not 3: see ``model.load_report``.
         overrides: any argument of the model's class.
 
-    Raises ValueError for an unknown name, rank, option or impossible value, CheckpointError for a file that does not fit.
+    Raises ValueError for an unknown name, rank, option or impossible value, CheckpointError for a file that does not
+    fit.
     """
     family, variant = _find(name)
     config = copy.deepcopy(variant.config)
@@ -190,7 +197,11 @@ def create_model(
     wrong = sorted(set(overrides) - set(known))
     if wrong:
         raise ValueError(f"{name} has no option {', '.join(map(repr, wrong))}; it has: {', '.join(sorted(known))}")
-    asked = {"ndim": ndim, "in_chans": in_chans, "num_classes": 1000 if num_classes is None else num_classes}
+    asked: dict[str, Any] = {
+        "ndim": ndim,
+        "in_chans": in_chans,
+        "num_classes": 1000 if num_classes is None else num_classes,
+    }
     asked |= {"features_only": features_only, "out_indices": out_indices}
     if "img_size" in known:
         asked["img_size"] = variant.inputs.size if img_size is None else img_size
@@ -199,7 +210,9 @@ def create_model(
         if not 0 <= asked["drop_path_rate"] < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate!r}")
     elif drop_path_rate:
-        raise ValueError(f"{name} has no residual paths to drop: drop_path_rate must be None or 0, got {drop_path_rate!r}")
+        raise ValueError(
+            f"{name} has no residual paths to drop: drop_path_rate must be None or 0, got {drop_path_rate!r}"
+        )
     model = build({"cls": cls, "name": name, "kwargs": config | asked | overrides})
     if pretrained:
         if variant.weights.status != "direct":
@@ -207,8 +220,8 @@ def create_model(
             raise ValueError(f"{name} has no weights that can be fetched (published: {place}); pass checkpoint=PATH")
         checkpoint = variant.weights.location if checkpoint is None else checkpoint
     if checkpoint is not None:
+        digest = variant.weights.sha256 if pretrained else ""
         model.load_report = load_checkpoint(
-            model, checkpoint, new_head=num_classes is not None, new_stem=in_chans != 3, sha256=variant.weights.sha256
-            if pretrained else "",
-        )  # fmt: skip
+            model, checkpoint, new_head=num_classes is not None, new_stem=in_chans != 3, sha256=digest
+        )
     return model

@@ -1,7 +1,7 @@
 """Reference figures of the official networks: the fill rule, the inputs, and which call of ours each golden stands for.
 
 A golden holds the outputs of an official module whose weights follow a fixed rule from their official names, so a model
-that takes those weights through `load_checkpoint` and gives those outputs has the published names, shapes and arithmetic.
+that takes those weights through `load_checkpoint` and gives those outputs has the published names and arithmetic.
 `table.json` beside this file is the compact form (made by make_table.py): per output the largest magnitude and a few
 values at evenly spaced places, the parameter count and a hash of the official names.
 """

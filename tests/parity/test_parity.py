@@ -7,8 +7,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from figures import BAR, GOLDEN, build, cases, fill_value, load_table, names_hash, official_shapes, places
-from figures import relative_error, run
+from figures import (
+    BAR,
+    GOLDEN,
+    build,
+    cases,
+    fill_value,
+    load_table,
+    names_hash,
+    official_shapes,
+    places,
+    relative_error,
+    run,
+)
 
 import vertebra
 

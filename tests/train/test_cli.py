@@ -63,19 +63,22 @@ def test_train_evaluate_predict(run, tiny, tmp_path):
     assert code == 0 and f"test accuracy {accuracy:.4f}" in out
 
 
+TINY = ["--model", "crossformer_tiny"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["train", "--model", "crosformer_tiny"], "did you mean crossformer_tiny"),
-        (["train", "--data", "nowhere"], "nowhere: no such folder (the embedded set is called digits)"),
-        (["train", "--epochs", "x"], "'x' is not a valid int"),
+        (["train", *TINY, "--data", "nowhere"], "nowhere: no such folder (the embedded set is called digits)"),
+        (["train", "--epochs", "x"], "Invalid value for '--epochs'"),
         (["train", "--epochs", "0"], "epochs: input should be greater than 0, got 0"),
         (["train", "--precision", "8"], "precision: input should be '32-true', 'bf16-mixed' or '16-mixed', got '8'"),
         (["train", "--epoch", "3"], "No such option: --epoch"),
         (["train", "--set", "epoch=3"], "unknown setting 'epoch'; did you mean epochs?"),
         (["train", "--resume", "nowhere"], "nowhere: not a run folder"),
-        (["train", "--model", "crossformer_tiny", "--img-size", "8"], "8"),
-        (["train", "--limit", "3"], "a limit of 3 leaves classes empty"),
+        (["train", *TINY, "--img-size", "8"], "8"),
+        (["train", *TINY, "--limit", "3"], "a limit of 3 leaves classes empty"),
         (["evaluate", "nowhere"], "nowhere: not a run folder"),
         (["predict", "nowhere", "x.png"], "nowhere: not a run folder"),
         (["predict", "nowhere"], "Missing argument"),
@@ -96,7 +99,7 @@ def test_errors_are_one_line_and_code_two(run, tmp_path, monkeypatch, args, mess
 def test_diverging_is_code_one(run, tiny, tmp_path):
     extreme = ["--set", "opt=sgd", "--lr", "1e30", "--set", "clip=1e30", "--set", "warmup=0"]
     code, _, err = run("train", *settings(tiny), *extreme, "--out", tmp_path / "run")
-    assert code == 1 and "at step" in err and "learning rate 1e+30" in err and err.count("\n") == 1
+    assert code == 1 and "at step" in err and "learning rate" in err and err.count("\n") == 1
 
 
 def test_list_and_info(run):

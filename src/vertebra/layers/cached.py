@@ -25,6 +25,8 @@ def sized_cache(build: Callable) -> Callable:
     def call(*args, **kwargs):
         if tracing():
             return build(*args, **kwargs)
+        if kwargs.get("device") is None:  # the default is part of the size's key: it may be meta inside a context
+            kwargs["device"] = torch.get_default_device()
         with torch.inference_mode(False), torch.no_grad():
             return kept(*args, **kwargs)
 

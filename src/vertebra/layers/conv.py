@@ -51,7 +51,7 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise, project with a shortcut where the shape allows (MobileNet v2, Fig. 4): (B, *S, dim) -> (B, *S', out)."""
+    """Expand, depthwise, project, shortcut where the shape allows (MobileNet v2, Fig. 4): (B, *S, dim) -> (B, *S', out)."""
 
     def __init__(self, ndim, dim, out, kernel=3, stride=1, expansion=6, act=nn.ReLU6, squeeze: int = 0, drop_path=0.0):
         super().__init__()

@@ -22,6 +22,13 @@ class DropPath(nn.Module):
         mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
         return x * (mask / keep)
 
+    def together(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Several tensors of one branch (a map and its tokens) with a single draw per sample."""
+        if self.rate == 0.0 or not self.training:
+            return parts
+        mask = self(parts[0].new_ones(parts[0].shape[0]))
+        return tuple(x * mask.view(-1, *(1,) * (x.ndim - 1)) for x in parts)
+
     def extra_repr(self) -> str:
         return f"{self.rate:.3f}"
 

@@ -33,8 +33,8 @@ class PatchEmbed(nn.Module):
 class CrossScale(nn.Module):
     """Cross-scale embedding layer: convolutions of several kernels, one stride, concatenated (CrossFormer, Fig. 2).
 
-    (B, *S, dim) -> (B, *S // stride, out). The smallest kernel has half of the channels, each next half of that, and the
-    last the same as the one before.
+    (B, *S, dim) -> (B, *S // stride, out). The smallest kernel has half of the channels, each next half of that, and
+    the last the same as the one before.
     """
 
     def __init__(self, ndim: int, dim: int, out: int, kernels: Sequence[int], stride: int):

@@ -95,9 +95,18 @@ class Positions(nn.Module):
 
     no_decay = ("table",)
 
-    def __init__(self, dim: int, grid: Sequence[int], prefix: int = 0, mode: str = "cubic", antialias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        grid: Sequence[int],
+        prefix: int = 0,
+        mode: str = "cubic",
+        antialias: bool = True,
+        load_antialias: bool = False,
+    ):
         super().__init__()
         self.grid, self.prefix, self.mode, self.antialias = tuple(grid), prefix, mode, antialias
+        self.load_antialias = load_antialias
         self.table = nn.Parameter(torch.empty(1, prefix + math.prod(self.grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
@@ -113,7 +122,7 @@ class Positions(nn.Module):
         return torch.cat([prefix, grid.flatten(1, -2).to(table.dtype)], 1)
 
     def adapt(self, name: str, tensor: Tensor, published: Sequence[int] | None = None) -> Tensor | None:
-        """A table of another grid resampled to this one, without antialiasing as fine-tuning codes do; else None.
+        """A table of another grid resampled to this one (by default without antialiasing, as fine-tuning codes do) or None.
 
         The old grid is the published one where its count fits, else the root (a square), else by proportions.
         """
@@ -126,7 +135,7 @@ class Positions(nn.Module):
         old = next((g for g in guesses if g and math.prod(g) == count), None)
         if old is None:
             return None
-        return self._resample(tensor, old, self.grid, antialias=False)
+        return self._resample(tensor, old, self.grid, self.load_antialias)
 
 
 @sized_cache
@@ -136,7 +145,9 @@ def sincos(sides: tuple[int, ...], dim: int, temperature: float = 10000.0, devic
     Raises ValueError when dim does not divide by twice the number of axes.
     """
     if dim % (2 * len(sides)):
-        raise ValueError(f"sin-cos positions on {len(sides)} axes need channels divisible by {2 * len(sides)}, got {dim}")
+        raise ValueError(
+            f"sin-cos positions on {len(sides)} axes need channels divisible by {2 * len(sides)}, got {dim}"
+        )
     width = dim // (2 * len(sides))
     omega = temperature ** -(torch.arange(width, device=device, dtype=torch.float64) / width)
     cells = torch.cartesian_prod(*(torch.arange(s, device=device) for s in sides)).reshape(-1, len(sides))

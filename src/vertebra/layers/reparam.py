@@ -1,4 +1,4 @@
-"""Re-parameterisation: parallel branches in training, one convolution afterwards (RepVGG, arXiv 2101.03697, section 3.3)."""
+"""Re-parameterisation: parallel branches in training, one convolution after (RepVGG, arXiv 2101.03697, section 3.3)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Branches(nn.Module):
             branch.norm = BatchNorm(out, eps=eps)
             self.add_module(name, branch)
         if identity and (dim != out or stride != 1):
-            raise ValueError(f"an identity branch needs equal channels and stride 1, got {dim} -> {out}, stride {stride}")
+            raise ValueError(
+                f"an identity branch needs equal channels and stride 1, got {dim} -> {out}, stride {stride}"
+            )
         self.identity = BatchNorm(dim, eps=eps) if identity else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def ntuple(value: Sizes, ndim: int, what: str = "size") -> tuple[int, ...]:
     """`value` for each of `ndim` axes; ValueError when a sequence has another length."""
     if isinstance(value, Sequence):
         if len(value) != ndim:
-            raise ValueError(f"{what} {tuple(value)} has {len(value)} entries, {ndim} are needed (one per spatial axis)")
+            raise ValueError(
+                f"{what} {tuple(value)} has {len(value)} entries, {ndim} are needed (one per spatial axis)"
+            )
         return tuple(value)
     return (value,) * ndim
 
@@ -167,11 +169,11 @@ def avg_pool(
 
 
 @sized_cache
-def _averaging(side: int, out: int, device=None) -> Tensor:
+def _averaging(side: int, out: int, dtype: torch.dtype, device=None) -> Tensor:
     """The (out, side) matrix of adaptive average pooling: bin i covers floor(i s / o) .. ceil((i + 1) s / o)."""
     cell, i = torch.arange(side, device=device), torch.arange(out, device=device)[:, None]
     start, end = i * side // out, ((i + 1) * side + out - 1) // out
-    return ((cell >= start) & (cell < end)) / (end - start)
+    return ((cell >= start) & (cell < end)).to(dtype) / (end - start)
 
 
 def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
@@ -180,7 +182,7 @@ def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
         side = x.shape[axis]
         if not tracing() and side == out:
             continue
-        matrix = _averaging(side, out, device=x.device).to(x.dtype)
+        matrix = _averaging(side, out, x.dtype, device=x.device)
         lead, tail = x.shape[:axis], x.shape[axis + 1 :]
         rows = x.reshape(math.prod(lead), side, math.prod(tail))
         x = torch.matmul(matrix, rows).reshape(*lead, out, *tail)
@@ -188,7 +190,9 @@ def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
 
 
 def resize(x: Tensor, size: Sizes, mode: str = "linear", antialias: bool = False) -> Tensor:
-    """Resample (B, *S, C) to (B, *size, C); `mode` nearest, linear or cubic, half-pixel centres.
+    """Resample (B, *S, C) to (B, *size, C); `mode` nearest, linear or cubic.
+
+    Half-pixel centres, but for nearest, which reads cell floor(i * old / new) as torch's "nearest" does.
 
     Identity at equal size. torch has cubic and antialiased kernels at rank 2 only, but both are separable: other ranks
     go axis by axis.
@@ -240,12 +244,14 @@ def grid_sample(x: Tensor, grid: Tensor, mode: str = "linear", padding_mode: str
     axis first. `mode` is linear or nearest.
     """
     ndim = x.ndim - 2
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f"mode {mode!r} is unknown; use linear or nearest")
     if grid.shape[-1] != ndim or grid.ndim != x.ndim:
         raise ValueError(f"grid {tuple(grid.shape)} does not fit a map of rank {ndim}: needs (B, *S, {ndim})")
     if ndim == 1:
         flat = torch.cat([grid, torch.zeros_like(grid)], -1)
         return grid_sample(_rank2(x), _rank2(flat), mode, padding_mode).squeeze(1)
-    name = {"linear": "bilinear", "nearest": "nearest"}[mode]
+    name = "bilinear" if mode == "linear" else mode
     y = F.grid_sample(channels_first(x), grid, mode=name, padding_mode=padding_mode, align_corners=False)
     return channels_last(y)
 

@@ -25,7 +25,7 @@ class Windows(NamedTuple):
     back: Tensor  # (N,) window position of each cell
     valid: Tensor | None  # (W * L, 1) False where a position is padding; None where nothing is padded
     mask: Tensor | None  # (W, L, L) additive; None where nothing is masked
-    count: int  # W
+    number: int  # W
     length: int  # L
 
     def split(self, x: Tensor) -> Tensor:
@@ -34,13 +34,13 @@ class Windows(NamedTuple):
         y = x.reshape(batch, math.prod(sides), dim).index_select(1, self.there)
         if self.valid is not None:
             y = y * self.valid.to(y.dtype)
-        return y.reshape(batch * self.count, self.length, dim)
+        return y.reshape(batch * self.number, self.length, dim)
 
     def join(self, y: Tensor, sides) -> Tensor:
         """(B * W, L, C) -> (B, *S, C), the inverse of `split`."""
         dim = y.shape[-1]
-        batch = y.shape[0] // self.count
-        x = y.reshape(batch, self.count * self.length, dim).index_select(1, self.back)
+        batch = y.shape[0] // self.number
+        x = y.reshape(batch, self.number * self.length, dim).index_select(1, self.back)
         return x.reshape(batch, *sides, dim)
 
     def bias(self, bias: Tensor | None, batch: int) -> Tensor | None:

@@ -1,0 +1,5 @@
+"""Token mixers that stand alone, one signature: module(x: (B, *S, C)) -> (B, *S, C)."""
+
+from .spatial_reduction import CellConv, SpatialReductionAttention
+
+__all__ = ["CellConv", "SpatialReductionAttention"]

@@ -1,10 +1,10 @@
 """CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention (ICLR 2022, arXiv 2108.00154) and
 CrossFormer++ (TPAMI 2023, arXiv 2303.06908). Official code: github.com/cheerss/CrossFormer, MIT.
 
-Every embedding mixes patches of several scales. Attention alternates between short distance (windows of neighbours) and
-long distance (cells sampled at an interval), so that each costs one window and together they reach the whole map. A small
-MLP turns relative offsets into position biases, so any group size works. ++ adds activation cooling layers and smaller
-early groups.
+Every embedding mixes patches of several scales. Attention alternates between short distance (windows of neighbours)
+and long distance (cells sampled at an interval), so that each costs one window and together they reach the whole map. A
+small MLP turns relative offsets into position biases, so any group size works. ++ adds activation cooling layers and
+smaller early groups.
 
 Unusual here: the position MLP is C / 16 wide (the paper says D / 4) and reads offsets in raw group cells; the norm sits
 before the merging convolutions but after those of the embedding; padded keys are masked, padded queries only cropped.
@@ -55,8 +55,8 @@ class GroupedAttention(Attention):
 
 
 class CoolingLayer(nn.Module):
-    """Activation cooling layer of ++ (ACL): depthwise convolution and norm without a residual, so that the amplitude that
-    residuals pile up starts afresh. (B, *S, C) -> (B, *S, C)."""
+    """Activation cooling layer of ++ (ACL): depthwise convolution and norm without a residual, so that the amplitude
+    which residuals pile up starts afresh. (B, *S, C) -> (B, *S, C)."""
 
     def __init__(self, ndim: int, dim: int):
         super().__init__()
