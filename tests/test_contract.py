@@ -173,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing(net):
         model(x).square().sum().backward()
     for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6 * p.grad.abs().max().item() + 1e-12), name
-    for (name, b), c in zip(plain.named_buffers(), saving.named_buffers(), strict=True):
+    for (name, b), c in zip(plain.named_buffers(), saving.buffers(), strict=True):
         assert torch.equal(b, c), name
 
 

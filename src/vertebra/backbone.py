@@ -17,15 +17,19 @@ Rules = Sequence[tuple[str, str | Callable]]
 
 @contextlib.contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms of `module` leave their running statistics alone: a recomputed forward must not count twice."""
+    """Batch norms of `module` leave their running statistics alone: a recomputed forward must not count twice.
+
+    They still take part, at momentum zero, because the recomputation must save the same tensors as the first pass.
+    """
     norms = [m for m in module.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class Stage(nn.Module):

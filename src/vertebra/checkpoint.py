@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +52,10 @@ class LoadReport:
 
 def _read_file(path: Path) -> Any:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: a folder, not a file" if path.is_dir() else f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if path.suffix == ".safetensors" or head[8:] == b"{":  # eight bytes of length, then JSON
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -72,10 +74,12 @@ def _read_file(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:200]
+        named = re.search(r"(?i)unsupported (?:global|class)\S*(?: GLOBAL)? (\S+)", str(error))
+        if named is None:
+            raise CheckpointError(f"{path}: cannot be read, truncated or no checkpoint") from None
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values and could run code when opened ({reason}). "
-            "Save its state dict alone: torch.save(model.state_dict(), ...)"
+            f"{path}: refused, it holds more than tensors and plain values ({named[1]}) and could run code when "
+            "opened. Save its state dict alone: torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(f"{path}: cannot be read, truncated or no checkpoint ({str(error)[:200]})") from None
@@ -97,8 +101,12 @@ def _unwrap(found: Any, what: str) -> dict[str, Tensor]:
 
 
 def _strip(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
-    """Without the prefixes of wrappers, as long as that makes more names known."""
+    """Without the prefixes of wrappers: while that makes more names known, or all share one and none is known."""
     for _ in range(4):
+        shared = next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)
+        if shared and not known & state.keys():
+            state = {k.removeprefix(shared): v for k, v in state.items()}
+            continue
         best, hits = None, len(known & state.keys())
         for prefix in _PREFIXES:
             shorter = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -144,15 +152,16 @@ def to_official(model: Backbone) -> dict[str, Tensor]:
     return {names[k]: v.detach() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
 
 
-def _twin(model: Backbone, **changes: Any) -> Backbone | None:
-    """The published classification network of `model`, on the meta device."""
+def _twin(model: Backbone) -> Backbone | None:
+    """The published classification network of `model` (with a head, whatever the model has), on the meta device."""
     from .deploy import fuse
     from .registry import build
 
     if not model.recipe:
         return None
+    classes = model.recipe["kwargs"].get("num_classes") or 1000
     try:
-        twin = build(model.recipe, "meta", **({"features_only": False, "out_indices": None} | changes)).eval()
+        twin = build(model.recipe, "meta", features_only=False, out_indices=None, num_classes=classes).eval()
     except ValueError:  # the variant exists as a dense version only
         return None
     fused = model.recipe.get("fused")
@@ -163,10 +172,15 @@ def _twin(model: Backbone, **changes: Any) -> Backbone | None:
 
 
 def _stem_weight(model: Backbone, ours: str, tensor: Tensor, want: torch.Size) -> Tensor | None:
-    """An image stem's weight (O, 3, *K) for other input channels: repeated, rescaled to equal response."""
+    """An image stem's weight (O, 3, *K) for other input channels: repeated, rescaled to equal response.
+
+    One channel gets the sum, so that a grey image gives what its three equal channels gave.
+    """
     same = tensor.ndim == len(want) and tensor.shape[0] == want[0] and tensor.shape[2:] == want[2:]
     if not same or ours.startswith("stages.") or want[1] != model.in_chans:
         return None
+    if want[1] == 1:
+        return tensor.sum(1, keepdim=True)
     repeats = -(-want[1] // tensor.shape[1])
     wide = tensor.repeat(1, repeats, *(1,) * (tensor.ndim - 2))[:, : want[1]]
     return wide * (tensor.shape[1] / want[1])
@@ -190,9 +204,9 @@ def load_checkpoint(
     """Load `source` (path, URL or state dict; official naming or ours, recognised by itself) into `model`.
 
     Wrapper keys (model, state_dict, ema, ...) and prefixes (module., backbone.) are taken off; position tables of
-    another size are resampled; constant buffers of the official code may be there or not. new_head leaves a head of another
-    number of classes as it is; new_stem fits an image stem to another number of input channels. With strict=False what
-    fits is loaded and the rest is reported.
+    another size are resampled; constant buffers of the official code may be there or not. new_head leaves a head of
+    another number of classes as it is; new_stem fits an image stem to another number of input channels. With
+    strict=False what fits is loaded and the rest is reported.
 
     Raises CheckpointError, leaving the model untouched, for a file that cannot be read safely or does not fit; it names
     what is missing, unexpected or misshapen.
@@ -223,6 +237,9 @@ def load_checkpoint(
                 (report.missing if theirs in twin_keys else report.fresh).append(theirs)
             continue
         tensor = state.pop(theirs)
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            report.misshapen.append(f"{theirs}: not a plain dense tensor")
+            continue
         if tensor.is_floating_point() != want.is_floating_point():
             report.misshapen.append(f"{theirs}: {tensor.dtype} in the file, {want.dtype} in the model")
             continue
@@ -274,14 +291,15 @@ def _advice(model: Backbone, report: LoadReport, total: int) -> str:
         from .deploy import fuse
 
         plain = _twin(model)
-        deployed = None if plain is None else set(_names(fuse(plain)).values())
+        names = {} if plain is None else _names(fuse(plain))
+        deployed = set(names.values() if report.naming == "official" else names)
         if deployed and len(deployed & have) > len(have) / 2:
             return "The file holds the fused (deploy) structure: load it into vertebra.fuse(model.eval())."
     if fused and report.missing:
         return "The model is fused; load an unfused checkpoint before vertebra.fuse."
-    heads = tuple(type(model).heads)
+    heads = tuple(f"{h}." for name in type(model).heads for h in (name, official_name(model, f"{name}.")[:-1]))
     if report.misshapen and not report.missing and not report.unexpected:
-        if all(m.startswith(heads) or ".head" in m for m in report.misshapen):
+        if all(m.startswith(heads) for m in report.misshapen):
             return "For another number of classes pass num_classes to create_model(checkpoint=...), or new_head=True."
         return "Build the model with the file's options; create_model(in_chans=..., checkpoint=...) fits a stem."
     if len(report.loaded) < total / 2:
@@ -294,14 +312,16 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, metadata: Mapping
     from safetensors.torch import save_file
 
     target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with open(name, "xb") as empty:
+        mode = os.fstat(empty.fileno()).st_mode & 0o777
     try:
         tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
         save_file(tensors, name, dict(metadata or {}))
+        os.chmod(name, mode)  # safetensors makes files for their owner alone
         with open(name, "rb") as written:
             os.fsync(written.fileno())
         os.replace(name, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import re
 import time
@@ -75,7 +76,7 @@ def fetch(url: str, sha256: str = "", folder: Path | None = None, retries: int =
             elif error.code < 500 and error.code != 429:
                 raise DownloadError(f"{url}: the server answered {error.code} {error.reason}") from None
             problem = error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # the last: an answer that breaks off
             problem = error
         if attempt + 1 < retries:
             time.sleep(min(0.2 * 2**attempt, 5.0))

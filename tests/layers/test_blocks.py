@@ -127,6 +127,7 @@ def test_recording_changes_nothing_and_ends():
 @pytest.mark.parametrize("record", (False, True))
 def test_masked_windows_are_finite_in_low_precision(dtype, record):
     """The last window of a shifted, padded map has rows in which every key is masked."""
+    torch.manual_seed(0)
     layer = Attention(16, 2)
     plan = windows((9,), (4,), shift=(2,), mask_keys=True)
     lonely = (plan.mask <= -100).all(-1)
@@ -143,8 +144,8 @@ def test_masked_windows_are_finite_in_low_precision(dtype, record):
     assert torch.isfinite(y).all()
     y.float().sum().backward()
     assert torch.isfinite(layer.qkv.weight.grad).all()
-    exact = layer(plan.split(x), bias)
-    assert (y - exact).abs().max() < 0.05 * exact.abs().max()
+    exact, got = plan.join(layer(plan.split(x), bias), (9,)), plan.join(y, (9,)).float()
+    assert (got - exact).abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()  # at the cells that are kept
 
 
 def test_heads():
@@ -313,19 +314,12 @@ def test_patch_embed(ndim):
     assert y.shape == (2, *whole, 5)  # ViT's patches, a ragged end cut off
     for cell in itertools.product(*map(range, whole)):
         patch = x[:, *(slice(4 * c, 4 * c + 4) for c in cell)]
-        close(y[:, *cell], last(patch).movedim(-2, 1).flatten(1) @ _rows(embed.proj.weight, ndim) + embed.proj.bias)
+        close(y[:, *cell], first(patch).flatten(1) @ embed.proj.weight.flatten(1).T + embed.proj.bias)
     padded = PatchEmbed(ndim, 3, 5, 4, pad=True).double()
     padded.load_state_dict(embed.state_dict())
     z = padded(x)
     assert z.shape == (2, *(-(-s // 4) for s in x.shape[1:-1]), 5)
     assert torch.equal(z[:, *(slice(0, s) for s in whole)], y)
-
-
-def _rows(weight, ndim):
-    """(out, C, *K) -> (rows, out) in the order in which the test flattens a patch (B, *K, C)."""
-    order = last(weight).movedim(-2, 1)  # the same moves on (out, *K, C)-like axes
-    del order
-    return last(weight).movedim(-2, 1).flatten(1).T if ndim else None
 
 
 def test_overlapping_patches_with_a_norm():
@@ -428,7 +422,9 @@ def test_squeeze_excite(ndim):
 
 
 @pytest.mark.parametrize("ndim", RANKS)
-@pytest.mark.parametrize(("stride", "out", "expansion", "squeeze"), [(1, 4, 6, 2), (2, 4, 6, 0), (1, 6, 2, 0), (1, 4, 1, 0)])
+@pytest.mark.parametrize(
+    ("stride", "out", "expansion", "squeeze"), [(1, 4, 6, 2), (2, 4, 6, 0), (1, 6, 2, 0), (1, 4, 1, 0)]
+)
 def test_inverted_residual(ndim, stride, out, expansion, squeeze):
     layer = InvertedResidual(ndim, 4, out, 3, stride, expansion, squeeze=squeeze).double().eval()
     scatter(layer)

@@ -22,10 +22,10 @@ from vertebra.layers import (
     ntuple,
     pad_to,
     resize,
+    space,
     space_to_depth,
     windows,
 )
-from vertebra.layers import space
 
 RANKS = (1, 2, 3)
 SIDES = {1: (13,), 2: (9, 11), 3: (7, 6, 9)}
@@ -125,7 +125,7 @@ def test_conv_refuses_channels_that_do_not_divide():
     for dim, out in ((6, 8), (8, 6)):
         with pytest.raises(ValueError, match=rf"channels {dim} -> {out} do not divide into 4 groups"):
             Conv(2, dim, out, 3, groups=4)
-    with pytest.raises(ValueError, match="kernel .* has 3 entries, 2 are needed"):
+    with pytest.raises(ValueError, match=r"kernel .* has 3 entries, 2 are needed"):
         Conv(2, 4, 4, (3, 3, 3))
 
 

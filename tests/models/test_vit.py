@@ -25,7 +25,7 @@ def fill(module):
 
 
 def error(ours, theirs):
-    return float((ours - theirs).norm() / theirs.norm())
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def small(name=NAME, **options):
@@ -34,7 +34,7 @@ def small(name=NAME, **options):
 
 @pytest.mark.parametrize(
     ("name", "sides"),
-    [(NAME, (224, 224)), (NAME, (256, 160)), (NAME, (250, 189)), ("vit_small_patch32_224", (96, 128)), (NAME, (16, 16))],
+    [(NAME, (224, 224)), (NAME, (250, 189)), (NAME, (16, 16)), ("vit_small_patch32_224", (96, 128))],
 )
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_equals_timm(name, sides, pool):
@@ -53,7 +53,7 @@ def test_equals_timm(name, sides, pool):
 
 
 def test_table_of_another_grid_on_loading_equals_timms():
-    """timm antialiases here as in the forward pass, so a model built for the size gives what the plain one gives on it."""
+    """timm antialiases here as in the forward pass: a model built for the size equals the plain one run on it."""
     from timm.layers import resample_abs_pos_embed
 
     plain = fill(small())

@@ -24,8 +24,8 @@ def read_image(path: str | Path, channels: int) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files; a bomb is an error above its limit
-            with Image.open(path, formats=FORMATS) as image:
-                image = ImageOps.exif_transpose(image)
+            with Image.open(path, formats=FORMATS) as file:
+                image = ImageOps.exif_transpose(file)
                 if image.mode.startswith("I") or image.mode == "F":
                     image = _eight_bits(image)
                 array = np.array(image.convert("L" if channels == 1 else "RGB"))

@@ -30,7 +30,7 @@ def fuse(model: Backbone, published: bool = True) -> Backbone:
     training = next((name or "the model" for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise ValueError(f"{training} is in training mode: call model.eval() before fuse")
-    fused = _replace(copy.deepcopy(model), published)
+    fused = _replace(copy.deepcopy(model), published).eval()  # new modules begin in training mode
     if getattr(fused, "recipe", None):
         fused.recipe["fused"] = published
     return fused

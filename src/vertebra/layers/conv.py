@@ -33,7 +33,7 @@ class ConvNorm(nn.Module):
         """The same map with the norm folded into the convolution (itself, where the norm is to stay)."""
         if isinstance(self.norm, nn.Identity) or (published and self.keep):
             return self
-        self.conv, self.norm = fold(self.conv, self.norm), nn.Identity()
+        self.conv, self.norm = fold(self.conv, self.norm), nn.Identity().train(self.training)
         return self
 
 
@@ -51,7 +51,7 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise, project, shortcut where the shape allows (MobileNet v2, Fig. 4): (B, *S, dim) -> (B, *S', out)."""
+    """Expand, depthwise, project, shortcut where shapes allow (MobileNet v2, Fig. 4): (B, *S, dim) -> (B, *S', out)."""
 
     def __init__(self, ndim, dim, out, kernel=3, stride=1, expansion=6, act=nn.ReLU6, squeeze: int = 0, drop_path=0.0):
         super().__init__()

@@ -20,7 +20,7 @@ class DropPath(nn.Module):
             return x
         keep = 1 - self.rate
         mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-        return x * (mask / keep)
+        return x * (mask / keep if keep else mask)
 
     def together(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Several tensors of one branch (a map and its tokens) with a single draw per sample."""

@@ -41,6 +41,10 @@ class CrossScale(nn.Module):
         super().__init__()
         last = len(kernels) - 1
         shares = [out // 2 ** min(i + 1, last) for i in range(len(kernels))] if last else [out]
+        if sum(shares) != out or not all(shares):
+            raise ValueError(
+                f"{out} channels cannot be shared out over {len(kernels)} kernels: must divide by {2**last}"
+            )
         self.convs = nn.ModuleList(
             Conv(ndim, dim, share, kernel, stride, padding=(kernel - stride) // 2)
             for kernel, share in zip(kernels, shares, strict=True)

@@ -54,8 +54,10 @@ class RelativePositionBias(nn.Module):
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
         """A table of another (cubic) window, resampled to this one; None where it cannot be."""
+        if tensor.ndim != 2 or tensor.shape[1] != self.table.shape[1]:
+            return None
         side = round(tensor.shape[0] ** (1 / len(self.size)))
-        if tensor.ndim != 2 or side ** len(self.size) != tensor.shape[0] or tensor.shape[1] != self.table.shape[1]:
+        if side % 2 == 0 or side ** len(self.size) != tensor.shape[0]:  # a window of g has 2 g - 1 offsets
             return None
         grid = tensor.float().reshape(1, *(side,) * len(self.size), -1)
         return resize(grid, [2 * s - 1 for s in self.size], "cubic").reshape(self.table.shape).to(tensor.dtype)
@@ -122,15 +124,17 @@ class Positions(nn.Module):
         return torch.cat([prefix, grid.flatten(1, -2).to(table.dtype)], 1)
 
     def adapt(self, name: str, tensor: Tensor, published: Sequence[int] | None = None) -> Tensor | None:
-        """A table of another grid resampled to this one (by default without antialiasing, as fine-tuning codes do) or None.
+        """A table of another grid resampled to this one, without antialiasing by default as fine-tuning does; else None.
 
         The old grid is the published one where its count fits, else the root (a square), else by proportions.
         """
         if tensor.ndim != 3 or tensor.shape[-1] != self.table.shape[-1]:
             return None
         count, ndim = tensor.shape[1] - self.prefix, len(self.grid)
-        root = max(round(count ** (1 / ndim)), 1) if count > 0 else 0
-        scale = (count / math.prod(self.grid)) ** (1 / ndim) if count > 0 else 0
+        if count < 1:
+            return None
+        root = round(count ** (1 / ndim))
+        scale = (count / math.prod(self.grid)) ** (1 / ndim)
         guesses = [tuple(published or ()), (root,) * ndim, tuple(round(s * scale) for s in self.grid)]
         old = next((g for g in guesses if g and math.prod(g) == count), None)
         if old is None:

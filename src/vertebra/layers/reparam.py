@@ -20,7 +20,7 @@ def _convolution(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
     ndim = weight.ndim - 2
     out, dim = weight.shape[0], weight.shape[1] * like.groups
     merged = Conv(ndim, dim, out, tuple(weight.shape[2:]), like.stride, like.padding, like.dilation, like.groups)
-    merged.to(device=like.weight.device, dtype=like.weight.dtype)
+    merged.to(device=like.weight.device, dtype=like.weight.dtype).train(like.training)
     with torch.no_grad():
         merged.weight.copy_(weight)
         merged.bias.copy_(bias)

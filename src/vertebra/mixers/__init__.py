@@ -1,5 +1,5 @@
 """Token mixers that stand alone, one signature: module(x: (B, *S, C)) -> (B, *S, C)."""
 
-from .spatial_reduction import CellConv, SpatialReductionAttention
+from .spatial_reduction import SpatialReductionAttention
 
-__all__ = ["CellConv", "SpatialReductionAttention"]
+__all__ = ["SpatialReductionAttention"]

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv, adaptive_avg_pool, attend, check_heads, crop, merge_heads, split_heads
-
-
-class CellConv(Conv):
-    """Convolution whose kernel is its stride, as one matrix product: (B, *S, dim) -> (B, *S // kernel, out).
-
-    Cells do not overlap, so gathering them is one copy and the weight (out, dim, *K) serves as it lies. A ragged end is
-    cut off, as the convolution does.
-    """
-
-    def __init__(self, ndim: int, dim: int, out: int, kernel: int):
-        super().__init__(ndim, dim, out, kernel, kernel, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, *sides, dim = x.shape
-        ndim = len(sides)
-        counts = [s // k for s, k in zip(sides, self.kernel, strict=True)]
-        x = crop(x, [c * k for c, k in zip(counts, self.kernel, strict=True)])
-        split = x.reshape(batch, *(v for pair in zip(counts, self.kernel, strict=True) for v in pair), dim)
-        cells = split.permute(0, *range(1, 2 * ndim, 2), 2 * ndim + 1, *range(2, 2 * ndim + 1, 2))
-        return F.linear(cells.reshape(batch, *counts, self.weight[0].numel()), self.weight.flatten(1), self.bias)
+from ..layers import Conv, adaptive_avg_pool, attend, check_heads, merge_heads, split_heads
 
 
 class SpatialReductionAttention(nn.Module):
     """Attention whose keys and values come from a smaller map: (B, *S, C) -> (B, *S, C), PVT eq. 1 to 3.
 
-    A convolution with kernel and stride `ratio` makes the map smaller; `ratio` 1 is plain attention. The `linear` form
-    averages the map to `pool` cells per axis instead, whatever its size, so that the cost grows linearly with it.
+    A convolution with kernel and stride `ratio` makes the map smaller (a ragged end is cut off); 1 is plain attention.
+    The `linear` form averages the map to `pool` cells per axis instead, whatever its size, so that the cost grows
+    linearly with it.
     """
 
     def __init__(self, ndim: int, dim: int, heads: int, ratio: int = 1, linear: bool = False, pool: int = 7):
@@ -42,7 +22,8 @@ class SpatialReductionAttention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.reduced = linear or ratio > 1
         if self.reduced:
-            self.sr = Conv(ndim, dim, dim) if linear else CellConv(ndim, dim, dim, ratio)
+            kernel = 1 if linear else ratio
+            self.sr = Conv(ndim, dim, dim, kernel, kernel, padding=0)
             self.norm = nn.LayerNorm(dim)
             self.act = nn.GELU() if linear else nn.Identity()
 

@@ -1,8 +1,8 @@
 """DeiT: Training data-efficient image transformers & distillation through attention (ICML 2021, arXiv 2012.12877).
 Official code: github.com/facebookresearch/deit, Apache-2.0.
 
-ViT trained on ImageNet-1k alone. The distilled models have a second prefix token whose own head learns from a teacher, as
-the class token's head learns from the label; the prediction is the mean of both heads' logits.
+ViT trained on ImageNet-1k alone. The distilled models have a second prefix token whose own head learns from a teacher,
+as the class token's head learns from the label; the prediction is the mean of both heads' logits.
 
 Unusual here: the official code returns a pair of logits while training; here ``forward_outputs`` has both by name in
 either mode. A table of positions of another grid is resampled without antialiasing on loading (fine-tuning, as the

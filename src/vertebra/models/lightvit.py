@@ -1,13 +1,13 @@
 """LightViT: Towards Light-Weight Convolution-Free Vision Transformers (2022, arXiv 2207.05557).
 Official code: github.com/hunto/LightViT and github.com/hunto/image_classification_sota, Apache-2.0.
 
-A few learnable global tokens travel beside the image. In each block they gather from the whole map and give back to every
-position, while the image itself attends in windows only. The MLP ends in bi-dimensional attention: a gate over channels
-times a gate over positions.
+A few learnable global tokens travel beside the image. In each block they gather from the whole map and give back to
+every position, while the image itself attends in windows only. The MLP ends in bi-dimensional attention: a gate over
+channels times a gate over positions.
 
-Unusual here: the keys of the broadcast come from the gathered tokens before the output projection; the head averages over
-image and global tokens alike; in the dense version the very last block drops the global tokens before its MLP. Padding
-takes part in local windows (as the bias of qkv) but is never seen by the global tokens.
+Unusual here: the keys of the broadcast come from the gathered tokens before the output projection; the head averages
+over image and global tokens alike; in the dense version the very last block drops the global tokens before its MLP.
+Padding takes part in local windows (as the bias of qkv) but is never seen by the global tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,20 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
 from ..layers import (
-    ConvNorm, Conv, DropPath, Mlp, PatchMerging, RelativePositionBias, attend, check_heads, drop_path_rates, max_pool,
-    merge_heads, pad_to, split_heads, windows,
+    Conv,
+    ConvNorm,
+    DropPath,
+    Mlp,
+    PatchMerging,
+    RelativePositionBias,
+    attend,
+    check_heads,
+    drop_path_rates,
+    max_pool,
+    merge_heads,
+    pad_to,
+    split_heads,
+    windows,
 )  # fmt: skip
 from ..layers.window import KEY_MASK
 from ..registry import Family, Variant, Weights
@@ -75,7 +87,7 @@ class LocalGlobalAttention(nn.Module):
 class BiDimensionalAttention(nn.Module):
     """Gates over channels and positions (section 3.3, Fig. 4): map (B, *S, C) and tokens (B, T, C) or None -> the same.
 
-    The channel gate reads the mean over all positions and tokens, the gate of a position reads that position and the mean.
+    The channel gate reads the mean over all positions and tokens, a position's gate reads that position and the mean.
     """
 
     def __init__(self, dim: int):

@@ -3,17 +3,18 @@
 github.com/whai362/PVT, Apache-2.0.
 
 A transformer in four stages at strides 4 to 32. High resolutions are affordable because attention reads its keys and
-values from a spatially reduced map. v2 takes the positions out: patches overlap and the MLP has a depthwise convolution; its
-linear form reads keys and values from 7 x 7 averages.
+values from a spatially reduced map. v2 needs no positions: patches overlap and the MLP has a depthwise convolution.
+Its linear form reads keys and values from 7 x 7 averages.
 
-Unusual here: two eps values (1e-6 in blocks and outputs, 1e-5 after embeddings and reductions); v1's tables of positions are
-resampled per stage, where the official comparison with stage 1's table crashes at 448 pixels.
+Unusual here: two eps values (1e-6 in blocks and outputs, 1e-5 after embeddings and reductions); v1's position tables
+are resampled per stage, where the official comparison with stage 1's table crashes at 448 pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class TokenBlock(Block):
 
 
 class Embed(PatchEmbed):
-    """v1's patches, norm and positions: (B, *S, dim) -> (B, *S // kernel, out). `prefix` rows of the table are not used."""
+    """v1's patches, norm and positions: (B, *S, dim) -> (B, *S // kernel, out). The first `prefix` rows stay unused."""
 
     def __init__(self, ndim: int, dim: int, out: int, kernel: int, grid: Sequence[int], prefix: int = 0):
         super().__init__(ndim, dim, out, kernel, norm=nn.LayerNorm(out))
@@ -121,10 +122,10 @@ class PyramidVisionTransformer(_Pyramid):
     ):
         super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
         if ratios[-1] != 1:
-            raise ValueError(f"the last of the reduction ratios must be 1 (its tokens lie on no grid), got {ratios[-1]}")
+            raise ValueError(f"the last reduction ratio must be 1 (its tokens lie on no grid), got {ratios[-1]}")
         rates, grid = drop_path_rates(drop_path_rate, depths), ntuple(img_size, ndim, "img_size")
         self.stages = nn.ModuleList()
-        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        for i, dim in enumerate(dims):
             last = i == len(dims) - 1
             embed, block = (TokenEmbed, TokenBlock) if last and not features_only else (Embed, Block)
             grid = tuple(max(s // KERNELS[i], 1) for s in grid)
@@ -214,7 +215,8 @@ def _variant(name, depths, params, gmacs, top1, drop_path=0.1, retina=None, mask
 
 
 _B0, _B5 = dict(dims=(32, 64, 160, 256)), dict(mlp_ratios=(4, 4, 4, 4))
-_TABLE = (  # name, depths, params_m, gmacs, top1, drop path; COCO 1x: RetinaNet AP, Mask R-CNN box and mask; ADE20K; config
+# name, depths, params_m, gmacs, top1, drop path; COCO 1x: RetinaNet AP, Mask R-CNN box and mask AP; ADE20K miou; config
+_TABLE: tuple[tuple[Any, ...], ...] = (
     ("pvt_tiny", (2, 2, 2, 2), 13.2, 1.9, 75.1, 0.1, 36.7, (36.7, 35.1), 35.7, {}),
     ("pvt_small", (3, 4, 6, 3), 24.5, 3.8, 79.8, 0.1, 40.4, (40.4, 37.8), 39.8, {}),
     ("pvt_medium", (3, 4, 18, 3), 44.2, 6.7, 81.2, 0.3, 41.9, (42.0, 39.0), 41.6, {}),

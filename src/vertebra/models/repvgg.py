@@ -1,12 +1,12 @@
 """RepVGG: Making VGG-style ConvNets Great Again (CVPR 2021, arXiv 2101.03697).
 Official code: github.com/DingXiaoH/RepVGG, MIT.
 
-A plain stack of 3x3 convolutions and ReLU, made trainable by two parallel branches (1x1 and identity, each with its batch
-norm) that fold into the 3x3 kernel afterwards: ``vertebra.fuse`` gives the published inference network.
+A plain stack of 3x3 convolutions and ReLU, made trainable by two parallel branches (1x1 and identity, each with its
+batch norm) that fold into the 3x3 kernel afterwards: ``vertebra.fuse`` gives the published inference network.
 
 Unusual here: the identity is a batch norm, not a bare skip; the stem is never wider than 64; every second block counted
-over the whole network, not within its stage, has grouped convolutions; D2se puts its squeeze-excitation before the ReLU.
-RepVGGplus (squeeze-excitation after it, auxiliary heads) is not in the paper and not here.
+over the whole network, not within its stage, has grouped convolutions; D2se puts its squeeze-excitation before the
+ReLU. RepVGGplus (squeeze-excitation after it, auxiliary heads) is not in the paper and not here.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Block(nn.Module):
 
 
 class RepVGG(Backbone):
-    """Five stages (Table 2), the first being the stem of one block.
+    """Five stages (Table 2), the first being the stem of one block: `widths` has five entries, `blocks` the later four.
 
-    Widths are 64 a, 128 a, 256 a and 512 b. `groups` apply to the blocks 2, 4, 6 ... counted from the stem.
+    `groups` apply to the blocks 2, 4, 6 ... counted from the stem, which is block 0.
     """
 
     OFFICIAL = (
@@ -60,25 +60,22 @@ class RepVGG(Backbone):
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
         *,
-        depths: Sequence[int],
-        a: float,
-        b: float,
+        blocks: Sequence[int],
+        widths: Sequence[int],
         groups: int = 1,
         squeeze: bool = False,
     ):
         super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
-        dims = [int(64 * a), int(128 * a), int(256 * a), int(512 * b)]
-        dim = min(64, dims[0])
-        self.stem = Block(ndim, in_chans, dim, 2, 1, squeeze)
-        self.stages, index = nn.ModuleList(), 0
-        for width, depth in zip(dims, depths, strict=True):
-            blocks = []
+        self.stem = Block(ndim, in_chans, widths[0], 2, 1, squeeze)
+        self.stages, dim, index = nn.ModuleList(), widths[0], 0
+        for width, depth in zip(widths[1:], blocks, strict=True):
+            stage = []
             for j in range(depth):
                 index += 1
-                blocks.append(Block(ndim, dim, width, 1 if j else 2, 1 if index % 2 else groups, squeeze))
+                stage.append(Block(ndim, dim, width, 1 if j else 2, 1 if index % 2 else groups, squeeze))
                 dim = width
-            self.stages.append(Stage(blocks))
-        self.describe(dims, [4, 8, 16, 32])
+            self.stages.append(Stage(stage))
+        self.describe(widths[1:], [4 * 2**i for i in range(len(blocks))])
         self.make_head()
 
     def embed(self, x: Tensor) -> Tensor:
@@ -88,8 +85,9 @@ class RepVGG(Backbone):
 _A, _B, _D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
 
 
-def _variant(depths, a, b, train, deploy, gmacs=None, top1=None, **more) -> Variant:
-    config = dict(depths=depths, a=a, b=b) | {k: more.pop(k) for k in ("groups", "squeeze") if k in more}
+def _variant(blocks, a, b, train, deploy, gmacs=None, top1=None, **more) -> Variant:
+    widths = (min(64, int(64 * a)), int(64 * a), int(128 * a), int(256 * a), int(512 * b))
+    config = dict(blocks=blocks, widths=widths) | {k: more.pop(k) for k in ("groups", "squeeze") if k in more}
     figures = dict(params_m=train, params_deploy_m=deploy, gmacs=gmacs, top1=top1) | more
     where = "README of github.com/DingXiaoH/RepVGG (Google Drive, Baidu): RepVGG-*-train.pth, the training structure"
     figures = {k: v for k, v in figures.items() if v is not None}

@@ -1,8 +1,8 @@
-"""Deep Residual Learning for Image Recognition (CVPR 2016, arXiv 1512.03385), with ResNeXt (arXiv 1611.05431) and Wide ResNet
-(arXiv 1605.07146). Reference: torchvision's models/resnet.py, BSD-3, whose names timm and most checkpoints share.
+"""Deep Residual Learning for Image Recognition (CVPR 2016, arXiv 1512.03385), with ResNeXt (arXiv 1611.05431) and Wide
+ResNet (arXiv 1605.07146). Reference: torchvision's models/resnet.py, BSD-3, with the names that most checkpoints have.
 
-Each block learns what to add to its input, so that gradients reach the first layers of very deep networks. ResNeXt splits
-the middle convolution of a block into groups, Wide ResNet widens it.
+Each block learns what to add to its input, so that gradients reach the first layers of very deep networks. ResNeXt
+splits the middle convolution of a block into groups, Wide ResNet widens it.
 
 Unusual here: the stride sits in the 3x3 convolution ("v1.5"), the paper and Caffe weights have it in the first 1x1. The
 activation comes after the addition.

@@ -1,14 +1,14 @@
-"""Swin Transformer: Hierarchical Vision Transformer using Shifted Windows (ICCV 2021, arXiv 2103.14030) and the SwinMLP of
-the same repository. Official code: github.com/microsoft/Swin-Transformer, MIT.
+"""Swin Transformer: Hierarchical Vision Transformer using Shifted Windows (ICCV 2021, arXiv 2103.14030) and the SwinMLP
+of the same repository. Official code: github.com/microsoft/Swin-Transformer, MIT.
 
-Attention stays inside small windows, so its cost grows linearly with the image; every second block shifts the windows by
-half of their size, which joins what the block before kept apart. Merging 2x2 cells between stages gives the pyramid.
+Attention stays inside small windows, so its cost grows linearly with the image; every second block shifts the windows
+by half of their size, which joins what the block before kept apart. Merging 2x2 cells between stages gives the pyramid.
 SwinMLP mixes the tokens of a window by one learned matrix per head instead of attention.
 
 Unusual here: how far a window reaches and whether it shifts is decided when the classification model is built, from
-`img_size` and its smaller side (a stage whose map is no larger than a window gets one unshifted window); the dense version
-keeps the window and always shifts. Windows that a map does not fill see zeros there, which take part as keys. The official
-code ends a stage with its merge; here a stage begins with it, so that each stage ends where its feature map is read.
+`img_size` and its smaller side (a stage whose map is no larger than a window gets windows of that side, unshifted); the
+dense version keeps the window and always shifts. Windows that a map does not fill see zeros there, which take part as
+keys. The official code ends a stage with its merge; here a stage begins with it and ends where its feature map is read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..registry import Family, Inputs, Variant, Weights
 
 
 class WindowAttention(Attention):
-    """Attention in windows of `window` tokens per axis, rolled by `shift` (section 3.2, eq. 4): (B, *S, C) -> (B, *S, C).
+    """Attention in windows of `window` tokens per axis, rolled by `shift` (section 3.2): (B, *S, C) -> (B, *S, C).
 
     After a roll cells from opposite edges share a window; pairs of them are masked.
     """
@@ -56,7 +56,7 @@ class WindowAttention(Attention):
 class WindowMixing(nn.Module):
     """SwinMLP: one matrix (L, L) per head over the L tokens of a window: (B, *S, C) -> (B, *S, C).
 
-    Shifted windows are not rolled: they begin `shift` - `window` cells before the map and see zeros there. The weight
+    Shifted windows are not rolled: they begin `window` - `shift` cells before the map and see zeros there. The weight
     (heads * L, L, 1) is the official grouped 1x1 convolution's; a batched product computes it faster.
     """
 
@@ -169,7 +169,9 @@ _STORAGE = "https://github.com/SwinTransformer/storage/releases/download"
 _TINY, _DEEP = (2, 2, 6, 2), (2, 2, 18, 2)
 
 
-def _variant(dim, depths, heads, window, size, drop_path, params, gmacs, file, release="v1.0.0", model=SwinTransformer, **more):
+def _variant(
+    dim, depths, heads, window, size, drop_path, params, gmacs, file, release="v1.0.0", model=SwinTransformer, **more
+):
     config = dict(model=model, dim=dim, depths=depths, heads=tuple(heads * 2**i for i in range(4)), window=window)
     weights = Weights(f"{_STORAGE}/{release}/{file}.pth", "MIT", "direct")
     figures = dict(params_m=params, gmacs=gmacs, drop_path=drop_path) | more

@@ -1,12 +1,12 @@
-"""ViT: An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale (ICLR 2021, arXiv 2010.11929); the small
-variants and the AugReg weights are of How to train your ViT? (TMLR 2022, arXiv 2106.10270). Official code (JAX):
+"""ViT: An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale (ICLR 2021, arXiv 2010.11929); the
+small variants and the AugReg weights are of How to train your ViT? (TMLR 2022, arXiv 2106.10270). Official code (JAX):
 github.com/google-research/vision_transformer, Apache-2.0.
 
-The image is cut into patches, each becomes a token, and a plain transformer encoder does the rest: a class token in front
-gathers what the head reads, a learned table says where each patch was.
+The image is cut into patches, each becomes a token, and a plain transformer encoder does the rest: a class token in
+front gathers what the head reads, a learned table says where each patch was.
 
-Unusual here: positions are added after the class token is in place; norms have eps 1e-6; GELU is the exact one, as every
-PyTorch port has it (the JAX code's tanh form moves the third or fourth digit of the logits).
+Unusual here: positions are added after the class token is in place; norms have eps 1e-6; GELU is the exact one, as
+every PyTorch port has it (the JAX code's tanh form moves the third or fourth digit of the logits).
 """
 
 from __future__ import annotations
@@ -163,7 +163,13 @@ def from_jax(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _HALF = (0.5, 0.5, 0.5)
-_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
 
 
 def _variant(size, patch, img, params, gmacs, top1, file="", folder="augreg", status="direct", **more) -> Variant:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 import vertebra
 
+from ..backbone import Backbone
 from ..data import Source
 from ..data.transforms import View, statistics
 from .config import Config, ConfigError
@@ -70,7 +70,7 @@ def make_view(config: Config) -> View:
     return View(size, config.channels, config.mean, config.std, config.crop, config.interpolation)
 
 
-def make_model(config: Config, num_classes: int, start: bool = False) -> nn.Module:
+def make_model(config: Config, num_classes: int, start: bool = False) -> Backbone:
     """The model of a resolved configuration, tried on one blank image; `start` loads the weights to start from.
 
     Raises ConfigError for an option or an input size that the model refuses.

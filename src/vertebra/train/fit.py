@@ -105,7 +105,9 @@ def _trainer(config: Config, source: Source, fabric: Fabric, watch: Watch, start
     except (AssertionError, ValueError, TypeError) as e:
         from timm.optim import list_optimizers
 
-        raise ConfigError(f"opt: {config.opt!r} cannot be used{suggest(config.opt, list_optimizers())} ({e})") from e
+        raise ConfigError(
+            f"opt: {config.opt!r} cannot be used{suggest(config.opt, map(str, list_optimizers()))} ({e})"
+        ) from e
     order = TrainOrder(
         len(source.splits["train"]), config.batch_size, config.seed, fabric.global_rank, fabric.world_size
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from ..backbone import Backbone
 from ..data import Skipped
 from ..data.loader import Batch, derive
 from .config import Config
@@ -30,7 +31,7 @@ class Trainer:
 
     config: Config
     fabric: Fabric
-    net: nn.Module  # the model itself
+    net: Backbone  # the model itself
     model: nn.Module  # as Fabric wrapped it
     optimizer: Any
     schedule: Any
@@ -40,7 +41,7 @@ class Trainer:
     skipped: dict[str, str] = field(default_factory=dict)  # path -> reason
 
     @property
-    def tested(self) -> nn.Module:
+    def tested(self) -> Backbone:
         """The weights that are tested and kept: the averaged ones where there are any."""
         return self.net if self.ema is None else self.ema.module
 
@@ -75,7 +76,7 @@ def train_epoch(t: Trainer, loader: Iterable[Batch | list[Skipped]], epoch: int,
         loss = share * F.cross_entropy(logits, labels, label_smoothing=smoothing)
         if share < 1:
             loss = loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=smoothing)
-        shown = float(t.fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        shown = t.fabric.all_reduce(loss.detach(), reduce_op="mean").item()  # type: ignore[union-attr]
         lr = max(group["lr"] for group in t.optimizer.param_groups)
         if not math.isfinite(shown):
             raise TrainError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import nn
 
 import vertebra
 
+from ..backbone import Backbone
 from ..data import DataError, open_source
 from ..data.folder import read_image
 from ..data.loader import Images, eval_loader
@@ -48,7 +48,7 @@ class Prediction:
         return {"image": self.image, "top": [{"class": name, "probability": p} for name, p in self.top]}
 
 
-def load_best(run: Run, model: nn.Module) -> nn.Module:
+def load_best(run: Run, model: Backbone) -> Backbone:
     """The run's best weights into its model. Raises RunError if there are none, CheckpointError if they do not fit."""
     path = run.folder / "best.safetensors"
     if not path.is_file():
