@@ -124,7 +124,7 @@ class Positions(nn.Module):
         return torch.cat([prefix, grid.flatten(1, -2).to(table.dtype)], 1)
 
     def adapt(self, name: str, tensor: Tensor, published: Sequence[int] | None = None) -> Tensor | None:
-        """A table of another grid resampled to this one, without antialiasing by default as fine-tuning does; else None.
+        """A table of another grid resampled to this one (not antialiased unless asked for); None where it cannot be.
 
         The old grid is the published one where its count fits, else the root (a square), else by proportions.
         """

@@ -1,5 +1,6 @@
 """Token mixers that stand alone, one signature: module(x: (B, *S, C)) -> (B, *S, C)."""
 
 from .spatial_reduction import SpatialReductionAttention
+from .window_attention import WindowAttention
 
-__all__ = ["SpatialReductionAttention"]
+__all__ = ["SpatialReductionAttention", "WindowAttention"]

@@ -9,10 +9,11 @@ features; they are reduced step by step to the grid, attend to each other there,
 and the result is broadcast to every image token.
 
 What the prose leaves open was fitted to its figures (parameters, GMACs, differences in its ablations) or chosen.
-Fitted: widths and depths (LightViT-T's for S), MLP on the image tokens only, dense 3x3 convolutions in the reduction, no
-output projection in the aggregation, one projection after the fusion. Chosen: alpha weighs the tokens' MLP and 1 - alpha
-the image; norms where LightViT has them; drop path on the image's branches; the head reads image tokens only; the
-reduced map is resized linearly where it is not the grid's size; odd maps are averaged over the cells that exist.
+Fitted: widths and depths (LightViT-T's for S), MLP on the image tokens only, dense 3x3 convolutions in the reduction,
+no output projection in the aggregation, one projection after the fusion. Chosen: alpha weighs the tokens' MLP and
+1 - alpha the image; norms where LightViT has them, also on the dense version's outputs; drop path on the image's
+branches; the head reads image tokens only; the reduced map is resized linearly where it is not the grid's size; odd
+maps are averaged over the cells that exist.
 """
 
 from __future__ import annotations

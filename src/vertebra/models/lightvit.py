@@ -222,9 +222,7 @@ class LightViT(Pyramid):
         self.stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             last = [features_only and i == len(dims) - 1 and j == depth - 1 for j in range(depth)]
-            blocks = [
-                Block(ndim, dim, heads[i], window, mlp_ratios[i], rates[i][j], last[j]) for j in range(depth)
-            ]
+            blocks = [Block(ndim, dim, heads[i], window, mlp_ratios[i], rates[i][j], last[j]) for j in range(depth)]
             self.stages.append(Stage(blocks, down=Merge(ndim, dims[i - 1], dim) if i else None))
         self._ends(dims, neck)
 
@@ -256,9 +254,7 @@ FAMILY = Family(
     licence="Apache-2.0",
     # as the repository prints them (counted: 0.77, 1.83 and 4.11 GMACs); box/mask AP: COCO Mask R-CNN, 1x and 3x
     variants={
-        "lightvit_tiny": _variant(
-            "tiny", 64, (2, 6, 6), 2, 8, 0.1, 9.4, 0.7, 78.7, 94.4, (37.8, 35.9), (41.5, 38.4)
-        ),
+        "lightvit_tiny": _variant("tiny", 64, (2, 6, 6), 2, 8, 0.1, 9.4, 0.7, 78.7, 94.4, (37.8, 35.9), (41.5, 38.4)),
         "lightvit_small": _variant(
             "small", 96, (2, 6, 6), 3, 16, 0.1, 19.2, 1.7, 80.9, 95.3, (40.0, 37.4), (43.2, 39.9)
         ),

@@ -20,37 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import (
-    Attention,
-    DropPath,
-    Mlp,
-    PatchEmbed,
-    PatchMerging,
-    RelativePositionBias,
-    built_grid,
-    check_heads,
-    drop_path_rates,
-    windows,
-)
+from ..layers import DropPath, Mlp, PatchEmbed, PatchMerging, built_grid, check_heads, drop_path_rates, windows
+from ..mixers import WindowAttention
 from ..registry import Family, Inputs, Variant, Weights
-
-
-class WindowAttention(Attention):
-    """Attention in windows of `window` tokens per axis, rolled by `shift` (section 3.2): (B, *S, C) -> (B, *S, C).
-
-    After a roll cells from opposite edges share a window; pairs of them are masked.
-    """
-
-    def __init__(self, ndim: int, dim: int, heads: int, window: int, shift: int):
-        super().__init__(dim, heads)
-        self.window, self.shift = (window,) * ndim, (shift,) * ndim
-        self.pos = RelativePositionBias(self.window, heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        sides = tuple(x.shape[1:-1])
-        parts = windows(sides, self.window, shift=self.shift, device=x.device)
-        bias = parts.bias(self.pos(), x.shape[0])
-        return parts.join(super().forward(parts.split(x), bias), sides)
 
 
 class WindowMixing(nn.Module):
