@@ -139,7 +139,6 @@ def test_intermediates_by_index():
             model.forward_intermediates(x, wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="range(count - n, count) starts below zero, and its -1 is read as the last map")
 def test_more_last_maps_than_there_are():
     with pytest.raises(ValueError, match="feature"):
         toy().forward_intermediates(image(), 3)
@@ -211,7 +210,6 @@ def test_reset_classifier():
             model.reset_classifier(wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="reset_classifier leaves the new head in training mode, and fuse refuses it")
 def test_a_new_head_is_in_the_model_s_mode():
     model = toy()
     model.reset_classifier(7)

@@ -182,6 +182,8 @@ class Backbone(nn.Module):
         if indices is None:
             return tuple(range(count))
         if isinstance(indices, int):  # the last n maps, as timm means it
+            if not 1 <= indices <= count:
+                raise ValueError(f"the last {indices} feature maps are not to be had, the model has {count}")
             indices = range(count - indices, count)
         wanted = tuple(i + count if i < 0 else i for i in indices)
         if not wanted or any(not 0 <= i < count for i in wanted):
@@ -250,7 +252,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         where = next(self.parameters())
         for name in self.heads:
-            self.add_module(name, self._new_head().to(device=where.device, dtype=where.dtype))
+            self.add_module(name, self._new_head().to(device=where.device, dtype=where.dtype).train(self.training))
         self.recipe.get("kwargs", {})["num_classes"] = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
