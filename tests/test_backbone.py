@@ -255,8 +255,9 @@ def test_no_weight_decay_and_groups():
     groups = helpers.group_parameters(model, fine)
     assert sorted(n for g in groups.values() for n in g) == sorted(n for n, _ in model.named_parameters())
     layer = helpers.group_parameters(model, fine, reverse=True)
-    place = [layer[n] for n in ("pos.table", "stages.0.blocks.0.mix.conv.weight", "stages.0.blocks.1.mix.conv.weight",
-                                "stages.1.down.weight", "stages.1.blocks.0.mix.conv.weight", "head.weight")]  # fmt: skip
+    blocks = [f"stages.{name}.mix.conv.weight" for name in ("0.blocks.0", "0.blocks.1", "1.blocks.0")]
+    order = ["pos.table", *blocks[:2], "stages.1.down.weight", blocks[2], "head.weight"]
+    place = [layer[n] for n in order]
     assert place == sorted(place)
     assert layer["head.weight"] == layer["norm.weight"] == max(layer.values())
     assert len({layer[n] for n in ("patch.proj.weight", "stages.0.blocks.0.mix.conv.weight", "head.weight")}) == 3

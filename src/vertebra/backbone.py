@@ -271,10 +271,11 @@ class Backbone(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups for layer-wise learning rates: the stem, then stages or blocks, then the rest."""
-        first = r"^(?!stages\.|norm|neck|head|fc_norm)"
+        ends = "|".join(["norm", "neck", "fc_norm", *self.heads])
+        first = rf"^(?!stages\.|{ends})"
         if coarse:
             return {"stem": first, "blocks": r"^stages\.(\d+)"}
-        last = (r"^(?:norm|neck|head|fc_norm)", (99999,))
+        last = (rf"^(?:{ends})", (99999,))
         if not isinstance(self.stages[0], Stage):
             return {"stem": first, "blocks": [(r"^stages\.(\d+)", None), last]}
         return {

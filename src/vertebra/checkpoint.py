@@ -7,6 +7,7 @@ head, output norms, fused form) is found by comparing with a twin of it on the m
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -72,7 +73,8 @@ def _read_file(path: Path) -> Any:
         except Exception as error:  # zip, header and dtype faults are of many kinds
             raise CheckpointError(f"{path}: not a whole archive of plain arrays ({str(error)[:200]})") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files keep their options; plain data
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?i)unsupported (?:global|class)\S*(?: GLOBAL)? (\S+)", str(error))
         if named is None:
@@ -234,7 +236,8 @@ def load_checkpoint(
         want = own[ours]
         if theirs not in state:
             if not ours.endswith("num_batches_tracked"):
-                (report.missing if theirs in twin_keys else report.fresh).append(theirs)
+                expected = theirs in twin_keys and not (new_head and ours.startswith(heads))
+                (report.missing if expected else report.fresh).append(theirs)
             continue
         tensor = state.pop(theirs)
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:

@@ -285,7 +285,7 @@ def test_resize_antialias_and_cubic_in_the_plane(mode, antialias, size):
 
 
 def cubic_matrix(side, size):
-    """Catmull-Rom-like weights (a = -0.75) of each output on each input, ends repeated: torch's bicubic along a line."""
+    """Cubic weights (a = -0.75) of each output on each input, ends repeated: torch's bicubic along a line."""
     a = -0.75
 
     def kernel(t):

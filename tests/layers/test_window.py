@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def naive(sides, size, interval, shift, lead):
-    """For each window, in row-major order of (group, phase) per axis: its cells, None where padded, and their regions."""
+    """For each window, row-major in (group, phase) per axis: its cells, None where padded, and their regions."""
     ndim = len(sides)
     padded = [-(-(s + b) // (w * i)) * w * i for s, w, i, b in zip(sides, size, interval, lead)]
     found = []
@@ -105,11 +105,10 @@ def test_any_size(axes, kind, mask_keys):
 
 def test_swin_mask_of_the_official_code():
     """Swin's own lines: slices of a 12 x 12 map, windows of 4, shift 2."""
-    image, count = torch.zeros(12, 12), 0
+    image = torch.zeros(12, 12)
     parts = (slice(0, -4), slice(-4, -2), slice(-2, None))
-    for h, w in itertools.product(parts, parts):
+    for count, (h, w) in enumerate(itertools.product(parts, parts)):
         image[h, w] = count
-        count += 1
     names = image.reshape(3, 4, 3, 4).transpose(1, 2).reshape(9, 16)
     different = names[:, None] - names[:, :, None]
     want = different.masked_fill(different != 0, -100.0)

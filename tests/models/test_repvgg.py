@@ -1,6 +1,8 @@
 """RepVGG: fusing, the group pattern, both structures' checkpoints, and timm as a second opinion."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +85,20 @@ def test_every_second_block_of_the_whole_network_is_grouped(name, groups):
         model = vertebra.create_model(name)
     convs = [m.dense.conv for n, m in model.named_modules() if n.endswith("reparam")]
     assert [c.groups for c in convs] == [groups if i and i % 2 == 0 else 1 for i in range(len(convs))]
+
+
+def test_training_step_at_the_published_size_leaves_memory_alone():
+    """torch's own backward of the stem's strided 1x1 branch corrupts the heap; seen only when the process ends."""
+    code = """
+import torch, vertebra
+for size in (70, 224):
+    widths = (16 if size == 70 else 48, 16, 16, 16, 16)
+    model = vertebra.create_model("repvgg_a0", blocks=(1, 1, 1, 1), widths=widths).train()
+    for _ in range(2):
+        model(torch.randn(2, 3, size, size)).square().sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_identity_exists_only_where_the_shape_allows():

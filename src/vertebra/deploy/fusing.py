@@ -32,5 +32,5 @@ def fuse(model: Backbone, published: bool = True) -> Backbone:
         raise ValueError(f"{training} is in training mode: call model.eval() before fuse")
     fused = _replace(copy.deepcopy(model), published).eval()  # new modules begin in training mode
     if getattr(fused, "recipe", None):
-        fused.recipe["fused"] = published
+        fused.recipe["fused"] = published and fused.recipe.get("fused", True)  # once folded further, always
     return fused

@@ -62,8 +62,9 @@ def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=
 class Conv(nn.Module):
     """Convolution at rank `ndim`: (B, *S, dim) -> (B, *S', out).
 
-    The weight keeps the checkpoint's shape (out, dim / groups, *K). A 1x1 convolution of stride one runs as a matrix
-    product. `padding` defaults to "same" for odd kernels at stride one, dilation * (kernel - 1) // 2.
+    The weight keeps the checkpoint's shape (out, dim / groups, *K). A 1x1 convolution takes every stride-th cell
+    and runs as a matrix product. `padding` defaults to "same" for odd kernels at stride one:
+    dilation * (kernel - 1) // 2.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Conv(nn.Module):
         self.padding = same if padding is None else ntuple(padding, ndim, "padding")
         self.weight = nn.Parameter(torch.empty(out, dim // groups, *self.kernel))
         self.bias = nn.Parameter(torch.empty(out)) if bias else None
-        self.pointwise = groups == 1 and math.prod(self.kernel) == math.prod(self.stride) == 1 and not any(self.padding)
+        single = math.prod(self.kernel) == 1 and not any(self.padding)
+        self.pointwise = single and groups == 1
+        self.sampled = single and math.prod(self.stride) > 1
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,9 +101,15 @@ class Conv(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        stride = self.stride
+        if self.sampled:
+            # not left to torch: its CPU backward of a strided 1x1 convolution with few channels (3 -> 64, channels
+            # last) writes outside of its memory (seen in torch 2.15)
+            x = x[(slice(None), *(slice(None, None, s) for s in stride))]
+            stride = (1,) * len(stride)
         if self.pointwise:
             return F.linear(x, self.weight.flatten(1), self.bias)
-        return conv(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return conv(x, self.weight, self.bias, stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         out, dim = self.weight.shape[:2]

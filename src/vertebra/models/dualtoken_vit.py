@@ -26,10 +26,8 @@ from torch import Tensor, nn
 
 from ..backbone import Stage
 from ..layers import (
-    Attention,
     Conv,
     DropPath,
-    RelativePositionBias,
     attend,
     avg_pool,
     check_heads,
@@ -38,8 +36,8 @@ from ..layers import (
     pad_to,
     resize,
     split_heads,
-    windows,
-)  # fmt: skip
+)
+from ..mixers import WindowAttention
 from ..registry import Family, Variant
 from .lightvit import BiDimensionalMlp, Merge, Pyramid, State, Stem
 
@@ -56,19 +54,11 @@ class ConvEncoder(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm(self.conv(x)))))
 
 
-class WindowEncoder(Attention):
-    """The ablation's local part: window attention, relative positions, a shortcut: (B, *S, C) -> (B, *S, C)."""
-
-    def __init__(self, ndim: int, dim: int, heads: int, window: int = 7):
-        super().__init__(dim, heads)
-        self.window = (window,) * ndim
-        self.pos = RelativePositionBias(self.window, heads)
+class WindowEncoder(WindowAttention):
+    """The ablation's local part: window attention with a shortcut: (B, *S, C) -> (B, *S, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = tuple(x.shape[1:-1])
-        cells = windows(sides, self.window, mask_keys=True, device=x.device)
-        bias = cells.bias(self.pos(), x.shape[0])
-        return x + cells.join(super().forward(cells.split(x), bias), sides)
+        return x + super().forward(x)
 
 
 def mean_pool(x: Tensor, factor: int) -> Tensor:
@@ -205,7 +195,11 @@ class DualTokenViT(Pyramid):
         def attention(i: int) -> DualTokenAttention:
             dim, local, reduction, enrich = dims[i], None, None, None
             if kernels[i]:
-                local = ConvEncoder(ndim, dim, kernels[i]) if encoder == "conv" else WindowEncoder(ndim, dim, heads[i])
+                local = (
+                    ConvEncoder(ndim, dim, kernels[i])
+                    if encoder == "conv"
+                    else WindowEncoder(ndim, dim, heads[i], mask_keys=True)
+                )
                 reduction = Reduction(ndim, dim, steps[i], stepwise)
             if count:
                 enrich = WeightedSum(count, dim, token_mlp, alpha) if tokens is None else AttentionFusion(dim, heads[i])

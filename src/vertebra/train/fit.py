@@ -43,8 +43,6 @@ def fit(config: Config, out: str | Path | None = None, watch: Watch | None = Non
     Raises ConfigError, DataError or RunError for what cannot be started, TrainError for a loss that is not finite.
     """
     model_info(config.model)  # an unknown name should not cost a scan of the data
-    if config.threads:
-        torch.set_num_threads(config.threads)
     fabric = _fabric(config)
     source = open_source(config.data, config.limit)
     config = resolve(config, source)
@@ -66,8 +64,6 @@ def resume(folder: str | Path, data: str | None = None, watch: Watch | None = No
     """
     run = Run.open(folder)
     config, state = run.config, run.read_state()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     fabric = _fabric(config)
     source = open_source(data or config.data, config.limit)
     if source.fingerprint() != run.data["fingerprint"]:
@@ -95,7 +91,8 @@ def _fabric(config: Config) -> Fabric:
 
 
 def _trainer(config: Config, source: Source, fabric: Fabric, watch: Watch, start: bool) -> tuple[Trainer, TrainOrder]:
-    assert config.batch_size and config.epochs and config.lr
+    assert config.batch_size and config.epochs and config.lr and config.threads
+    torch.set_num_threads(config.threads)
     torch.manual_seed(derive(config.seed))
     net = make_model(config, len(source.classes), start)
     try:
