@@ -165,7 +165,7 @@ class Backbone(nn.Module):
         least = self.min_size
         if x.ndim != self.ndim + 2:
             raise ValueError(
-                f"input has shape {tuple(x.shape)}: a model with ndim={self.ndim} needs (B, C, *S), {self.ndim + 2} axes"
+                f"input has shape {tuple(x.shape)}: ndim={self.ndim} needs (B, C, *S), {self.ndim + 2} axes in all"
             )
         if x.shape[1] != self.in_chans:
             raise ValueError(f"input has {x.shape[1]} channels, this model needs in_chans={self.in_chans}")

@@ -23,7 +23,8 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = Conv(ndim, dim, out, kernel, stride, padding, dilation, groups, bias)
         self.norm = BatchNorm(out, eps=eps)
-        self.act = act() if act else nn.Identity()
+        # a batch norm does not need its output for the gradient, so the activation may overwrite it
+        self.act = nn.Identity() if act is None else act(inplace=True) if act in (nn.ReLU, nn.ReLU6) else act()
         self.keep = keep
 
     def forward(self, x: Tensor) -> Tensor:

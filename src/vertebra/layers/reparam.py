@@ -58,7 +58,7 @@ class Branches(nn.Module):
         for name in self.names:
             branch = getattr(self, name)
             z = branch.norm(branch.conv(x))
-            y = z if y is None else y + z
+            y = z if y is None else y.add_(z)  # in place: norms do not need their outputs for the gradient
         return y
 
     def fuse(self, published: bool = True) -> Conv:

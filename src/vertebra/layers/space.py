@@ -86,7 +86,9 @@ class Conv(nn.Module):
         self.dilation, self.groups = ntuple(dilation, ndim, "dilation"), groups
         same = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel, strict=True))
         self.padding = same if padding is None else ntuple(padding, ndim, "padding")
-        self.weight = nn.Parameter(torch.empty(out, dim // groups, *self.kernel))
+        # stored as the kernels read it, or they would reorder it at every call
+        layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(ndim, torch.contiguous_format)
+        self.weight = nn.Parameter(torch.empty(out, dim // groups, *self.kernel, memory_format=layout))
         self.bias = nn.Parameter(torch.empty(out)) if bias else None
         single = math.prod(self.kernel) == 1 and not any(self.padding)
         self.pointwise = single and groups == 1
@@ -103,8 +105,8 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stride = self.stride
         if self.sampled:
-            # not left to torch: its CPU backward of a strided 1x1 convolution with few channels (3 -> 64, channels
-            # last) writes outside of its memory (seen in torch 2.15)
+            # not left to torch: its CPU weight gradient of a strided 1x1 convolution with fewer than 16 channels,
+            # channels last, writes outside of its memory (oneDNN issue 6035; seen in torch 2.15)
             x = x[(slice(None), *(slice(None, None, s) for s in stride))]
             stride = (1,) * len(stride)
         if self.pointwise:

@@ -75,7 +75,8 @@ class LocalGlobalAttention(nn.Module):
         batch, *sides, dim = x.shape
         cells = windows(tuple(sides), self.window, device=x.device)
         qkv = self.qkv(cells.split(x))
-        local = merge_heads(attend(*split_heads(qkv, self.heads, 3), self.pos().unsqueeze(0)))
+        q, k, v = split_heads(qkv, self.heads, 3)
+        local = merge_heads(attend(q, k, v, self.pos().unsqueeze(0)))
 
         q, k, v = split_heads(qkv.reshape(batch, cells.number * cells.length, 3 * dim), self.heads, 3)
         real = None if cells.valid is None else KEY_MASK * (~cells.valid).to(x.dtype).view(1, 1, 1, -1)

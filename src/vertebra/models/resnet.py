@@ -28,13 +28,13 @@ class Residual(nn.Module):
     def __init__(self, ndim: int, dim: int, out: int, stride: int):
         super().__init__()
         self.skip = ConvNorm(ndim, dim, out, 1, stride) if stride != 1 or dim != out else nn.Identity()
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
 
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.branch(x) + self.skip(x))
+        return self.act(self.branch(x).add_(self.skip(x)))  # in place: the branch ends in a norm
 
 
 class Basic(Residual):

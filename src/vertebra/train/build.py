@@ -1,5 +1,7 @@
 """From a configuration to the pieces: the resolved configuration, the model, the view of the images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from ..data import Source
 from ..data.transforms import View, statistics
 from .config import Config, ConfigError
 
-# What is used where the configuration leaves it open. Digits: measured; the others: the usual values. One thread for the
-# digits: the work is so small that two are hardly faster on idle cores (1.5 times), and 12 times slower on busy ones,
-# where they wait for each other.
+# What is used where the configuration leaves it open. Digits: measured; the others: the usual values. One thread for
+# the digits: with so little work two are at best 1.5 times as fast, and on busy cores, where they wait for each other,
+# they took 12 times as long.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
         "epochs": 12,
@@ -71,6 +73,17 @@ def _grey_statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ..
 
 def _side(size: int | tuple[int, ...]) -> int:
     return size if isinstance(size, int) else min(size[-2:])
+
+
+@contextmanager
+def threads(config: Config) -> Iterator[None]:
+    """The configuration's number of CPU threads, for as long as it is needed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_view(config: Config) -> View:

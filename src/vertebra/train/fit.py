@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from ..data import Source, open_source
 from ..data.loader import Images, TrainOrder, derive, eval_loader, train_loader
 from ..data.transforms import eval_transform, train_transform
-from .build import make_model, make_view, model_info, resolve
+from .build import make_model, make_view, model_info, resolve, threads
 from .config import Config, ConfigError, suggest
 from .loop import Scores, Trainer, eval_epoch, train_epoch
 from .report import write_report
@@ -48,13 +48,12 @@ def fit(config: Config, out: str | Path | None = None, watch: Watch | None = Non
     config = resolve(config, source)
     name = f"{config.model}-{source.name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(fabric.broadcast(str(out or Path("runs") / name)))
-    trainer, order = _trainer(config, source, fabric, watch or Watch(), start=True)
-    run = Run(folder, config, {})
-    if fabric.is_global_zero:
-        run = Run.create(folder, config, source)
-    fabric.barrier()
-    run = Run.open(folder)
-    return _continue(run, source, trainer, order, {"epoch": 0, "history": [], "best": None})
+    with threads(config):
+        trainer, order = _trainer(config, source, fabric, watch or Watch(), start=True)
+        if fabric.is_global_zero:
+            Run.create(folder, config, source)
+        fabric.barrier()
+        return _continue(Run.open(folder), source, trainer, order, {"epoch": 0, "history": [], "best": None})
 
 
 def resume(folder: str | Path, data: str | None = None, watch: Watch | None = None) -> RunResult:
@@ -68,7 +67,13 @@ def resume(folder: str | Path, data: str | None = None, watch: Watch | None = No
     source = open_source(data or config.data, config.limit)
     if source.fingerprint() != run.data["fingerprint"]:
         raise RunError(f"{data or config.data}: not the data of {run.folder} any more (files, labels or splits differ)")
-    trainer, order = _trainer(config, source, fabric, watch or Watch(), start=False)
+    with threads(config):
+        trainer, order = _trainer(config, source, fabric, watch or Watch(), start=False)
+        _restore(run, trainer, state)
+        return _continue(run, source, trainer, order, state)
+
+
+def _restore(run: Run, trainer: Trainer, state: dict[str, Any]) -> None:
     try:
         trainer.net.load_state_dict(state["model"])
         trainer.optimizer.optimizer.load_state_dict(state["optimizer"])
@@ -78,7 +83,6 @@ def resume(folder: str | Path, data: str | None = None, watch: Watch | None = No
         trainer.step, trainer.skipped = state["step"], dict(state["skipped"])
     except (KeyError, RuntimeError, ValueError, TypeError) as e:
         raise RunError(f"{run.folder / 'last.pt'}: does not fit the run ({' '.join(str(e).split())[:200]})") from e
-    return _continue(run, source, trainer, order, state)
 
 
 def _fabric(config: Config) -> Fabric:
@@ -91,8 +95,7 @@ def _fabric(config: Config) -> Fabric:
 
 
 def _trainer(config: Config, source: Source, fabric: Fabric, watch: Watch, start: bool) -> tuple[Trainer, TrainOrder]:
-    assert config.batch_size and config.epochs and config.lr and config.threads
-    torch.set_num_threads(config.threads)
+    assert config.batch_size and config.epochs and config.lr
     torch.manual_seed(derive(config.seed))
     net = make_model(config, len(source.classes), start)
     try:

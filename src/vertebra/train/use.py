@@ -16,7 +16,7 @@ from ..data.folder import read_image
 from ..data.loader import Images, eval_loader
 from ..data.open import open_unseen
 from ..data.transforms import eval_transform
-from .build import make_model, make_view
+from .build import make_model, make_view, threads
 from .loop import eval_epoch
 from .run import Run, RunError
 from .watch import Watch
@@ -78,7 +78,8 @@ def evaluate(folder: str | Path, data: str | None = None, watch: Watch | None = 
     for path, reason in skipped.items():
         watch.note(f"skipped {path}: {reason}")
     loader = eval_loader(Images(split, eval_transform(make_view(config))), 2 * config.batch_size, config.workers)
-    scores = eval_epoch(fabric, model, loader, len(classes), skipped, watch)
+    with threads(config):
+        scores = eval_epoch(fabric, model, loader, len(classes), skipped, watch)
     found, total = scores.confusion.diagonal().tolist(), scores.confusion.sum(1).tolist()
     shares = {name: (n, k / n if n else None) for name, n, k in zip(classes, total, found)}
     return Evaluation(scores.accuracy, scores.loss, len(scores.rows), shares, scores.confusion.tolist(), skipped)
