@@ -1,0 +1,44 @@
+"""Write benchmarks/results/parity.md: the worst relative error of each golden (needs ../shared/golden)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from figures import GOLDEN, HERE, build, cases, fill_value, load_table, official_shapes, relative_error, run
+
+import vertebra
+
+
+def worst(stem: str, row: dict) -> float:
+    """The largest relative error over all outputs and input scales of one golden."""
+    model = build(stem)
+    weights = {k: torch.from_numpy(fill_value(k, s)) for k, s in official_shapes(model).items()}
+    vertebra.load_checkpoint(model, weights)
+    with np.load(GOLDEN / f"{stem}.npz") as stored:
+        full = {k: stored[k] for k in stored.files}
+    errors = []
+    for suffix, x, expected in cases(row):
+        found = run(model, x, list(expected))
+        errors += [relative_error(found[name], full[name + suffix]) for name in expected]
+    return max(errors)
+
+
+if __name__ == "__main__":
+    lines = [
+        "# Parity with the official code",
+        "",
+        "Largest relative error, max |ours - official| / max |official|, over all outputs; float32 on a CPU, official",
+        f"weights and names through `load_checkpoint`; torch {torch.__version__}. Parameter counts are equal.",
+        "",
+        "| reference | measured from | relative error |",
+        "|---|---|---|",
+    ]
+    for stem, row in load_table().items():
+        lines.append(f"| {stem} | {row['source']} | {worst(stem, row):.1e} |")
+        print(lines[-1], flush=True)
+    target = HERE.parents[1] / "benchmarks" / "results" / "parity.md"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, target)
