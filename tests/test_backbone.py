@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vertebra import fuse
-from vertebra.backbone import Backbone, Stage
+from vertebra.backbone import Backbone, Stage, build
 from vertebra.layers import (
     BatchNorm,
     Conv,
@@ -21,7 +21,6 @@ from vertebra.layers import (
     RelativePositionBias,
     drop_path_rates,
 )
-from vertebra.registry import build
 
 torch.set_num_threads(1)
 

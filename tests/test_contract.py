@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vertebra
-from vertebra.registry import build
+from vertebra.backbone import build
 
 # The smallest variant of each family, cut to a few blocks so that three ranks of everything take seconds.
 SMALL: dict[str, tuple[str, dict]] = {
@@ -239,14 +239,15 @@ def test_meta_construction_names_the_same_tensors(net):
 
 @each
 def test_autocast_is_finite_and_close(net):
-    model = make(net).eval()
+    # three channels: torch 2.15's own bfloat16 convolution of two channels with a 32 x 32 kernel is wrong on AMX CPUs
+    model = make(net, in_chans=3).eval()
     x = image(model)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         half = model(x).float()
     with torch.no_grad():
         full = model(x)
     assert half.isfinite().all()
-    assert error(half, full) <= 0.1  # bf16 keeps 8 bits; a NaN or a dropped mask is far outside
+    assert error(half, full) <= 0.05  # bf16 keeps 8 bits; a NaN or a dropped mask is far outside
 
 
 @each

@@ -287,3 +287,12 @@ class Backbone(nn.Module):
                 last,
             ],
         }
+
+
+def build(recipe: dict[str, Any], device: str | None = None, **changes: Any) -> Backbone:
+    """A model from a `recipe` (as `create_model` leaves it on the model), without weights."""
+    kwargs = recipe["kwargs"] | changes
+    with torch.device(device) if device else torch.device(torch.get_default_device()):
+        model = recipe["cls"](**kwargs)
+    model.recipe = {"cls": recipe["cls"], "name": recipe["name"], "kwargs": dict(kwargs)}
+    return model

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, build
 from .download import fetch
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "ema", "state_dict", "model_state", "model", "network")
@@ -157,7 +157,6 @@ def to_official(model: Backbone) -> dict[str, Tensor]:
 def _twin(model: Backbone) -> Backbone | None:
     """The published classification network of `model` (with a head, whatever the model has), on the meta device."""
     from .deploy import fuse
-    from .registry import build
 
     if not model.recipe:
         return None

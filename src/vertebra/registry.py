@@ -16,9 +16,7 @@ import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from .backbone import Backbone
+from .backbone import Backbone, build
 from .checkpoint import load_checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -149,15 +147,6 @@ def model_info(name: str) -> ModelInfo:
 
 def _arguments(cls: type[Backbone]) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
-
-
-def build(recipe: dict[str, Any], device: str | None = None, **changes: Any) -> Backbone:
-    """A model from a `recipe` (as `create_model` leaves it on the model), without weights."""
-    kwargs = recipe["kwargs"] | changes
-    with torch.device(device) if device else torch.device(torch.get_default_device()):
-        model = recipe["cls"](**kwargs)
-    model.recipe = {"cls": recipe["cls"], "name": recipe["name"], "kwargs": dict(kwargs)}
-    return model
 
 
 def create_model(

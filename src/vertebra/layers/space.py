@@ -97,7 +97,9 @@ class Conv(nn.Module):
 
     def reset_parameters(self) -> None:
         """torch's default for convolutions: uniform within 1 / sqrt(fan in)."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        fresh = torch.empty(self.weight.shape, device=self.weight.device)  # drawn in torch's order of memory
+        with torch.no_grad():
+            self.weight.copy_(nn.init.kaiming_uniform_(fresh, a=math.sqrt(5)))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
