@@ -1,4 +1,5 @@
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from vertebra.data import DataError, open_source
 from vertebra.data.idx import read_idx
 
-FASHION = Path(__file__).parents[2].parent / "shared" / "data" / "fashion-mnist"
+FASHION = Path(os.environ.get("VERTEBRA_SHARED") or Path(__file__).parents[3] / "shared") / "data" / "fashion-mnist"
 
 
 def idx_bytes(array):
