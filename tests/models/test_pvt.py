@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import error, fill
 
 import vertebra
 from vertebra.mixers import SpatialReductionAttention
@@ -12,23 +13,6 @@ from vertebra.models.pvt import FAMILY
 
 V1, V2, LI = "pvt_tiny", "pvt_v2_b0", "pvt_v2_b2_li"
 ONCE = dict(depths=(1, 1, 1, 1), num_classes=7)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def fill(module):
-    """Weights far from their initialisation, so that a norm or a bias out of place shows."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.normal_(std=0.05).add_(1.0 if name.endswith("weight") and p.ndim == 1 else 0.0)
-    return module.eval()
-
-
-def error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def small(name, **options):
