@@ -81,7 +81,14 @@ class Backbone(nn.Module):
     default_indices: tuple[int, ...] | None = None
     load_report: Any = None  # what loading did, where create_model was given a checkpoint
 
-    def __init__(self, ndim=2, in_chans=3, num_classes=1000, features_only=False, out_indices=None):
+    def __init__(
+        self,
+        ndim: int = 2,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        features_only: bool = False,
+        out_indices: Sequence[int] | int | None = None,
+    ):
         super().__init__()
         if ndim not in self.ndims:
             raise ValueError(f"{type(self).__name__} exists at rank {self.ndims}, not at ndim={ndim}")
@@ -92,6 +99,9 @@ class Backbone(nn.Module):
             raise ValueError("out_indices needs features_only=True (or call forward_intermediates(x, indices))")
         self.ndim, self.in_chans, self.num_classes = ndim, in_chans, num_classes
         self.features_only, self._wanted = features_only, out_indices
+        self.output_norms: nn.ModuleList | None = (
+            None  # the dense version's norm on each output, where the paper has them
+        )
         self.recipe: dict[str, Any] = {}  # how create_model built this one: class, name, arguments; see checkpoint.py
 
     # --- what a model's constructor calls ---------------------------------------------------------------------------
@@ -143,8 +153,8 @@ class Backbone(nn.Module):
         return state
 
     def output_norm(self, x: Tensor, index: int) -> Tensor:
-        """The dense version's norm on output `index`, where the paper has one."""
-        return x
+        """The map that the dense version gives out for stage `index`: with `output_norms`, through its norm."""
+        return x if self.output_norms is None else self.output_norms[index](x)
 
     def pre_logits(self, features: Any) -> Tensor:
         """What the head's linear layer reads, (B, head_features); by default the mean over the map."""
@@ -158,6 +168,9 @@ class Backbone(nn.Module):
     def translate(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint of another framework under the official PyTorch names; by default as it is."""
         return state
+
+    def adopt(self, constants: dict[str, Tensor]) -> None:
+        """Take the constant buffers of an official file, by official name; most models compute their own."""
 
     # --- the contract -----------------------------------------------------------------------------------------------
 
@@ -271,7 +284,7 @@ class Backbone(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups for layer-wise learning rates: the stem, then stages or blocks, then the rest."""
-        ends = "|".join(["norm", "neck", "fc_norm", *self.heads])
+        ends = "|".join(["norm", "output_norms", "neck", "fc_norm", *self.heads])
         first = rf"^(?!stages\.|{ends})"
         if coarse:
             return {"stem": first, "blocks": r"^stages\.(\d+)"}

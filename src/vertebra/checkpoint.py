@@ -226,7 +226,11 @@ def load_checkpoint(
         (set(_names(twin).values()) if official else set(twin.state_dict())) if twin is not None else set(key.values())
     )
     report = LoadReport("official" if official else "ours")
-    state = {k: v for k, v in state.items() if k in twin_keys or not any(re.search(p, k) for p in type(model).CONSTANT)}
+    constants = {
+        k: state.pop(k)
+        for k in list(state)
+        if k not in twin_keys and any(re.search(p, k) for p in type(model).CONSTANT)
+    }
 
     own = model.state_dict()
     heads = tuple(f"{h}." for h in type(model).heads)
@@ -269,6 +273,7 @@ def load_checkpoint(
     if (report.missing or report.unexpected or report.misshapen) and (strict or not report.loaded):
         raise CheckpointError(_complaint(model, what, report, len(key)))
     model.load_state_dict(own | new)
+    model.adopt(constants)
     return report
 
 

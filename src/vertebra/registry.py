@@ -146,7 +146,15 @@ def model_info(name: str) -> ModelInfo:
 
 
 def _arguments(cls: type[Backbone]) -> dict[str, inspect.Parameter]:
-    return {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    """Named arguments of the constructor, and of those further up that it hands its ``**contract`` to."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in cls.__mro__:
+        if "__init__" in vars(owner):
+            parameters = inspect.signature(owner).parameters
+            found |= {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD and k not in found}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+                break
+    return found
 
 
 def create_model(

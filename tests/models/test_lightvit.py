@@ -144,7 +144,7 @@ def test_dense_version_differs_in_the_last_block_alone():
     assert {k.split(".")[0] for k in report.unused} == {"norm", "neck", "head"}
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        dense.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+        dense.output_norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
         first, second, third = (error(a, b) for a, b in zip(dense(x), model.forward_intermediates(x), strict=True))
     assert first == second == 0 and third > 1e-4
 

@@ -47,7 +47,7 @@ def error(a, b) -> float:
 
 def settings_of(model) -> list[list[tuple[int, int]]]:
     """(window, shift) of every block, per stage."""
-    return [[(b.mixer.window[0], b.mixer.shift[0]) for b in s.blocks] for s in model.stages]
+    return [[(b.attn.window[0], b.attn.shift[0]) for b in s.blocks] for s in model.stages]
 
 
 @pytest.mark.parametrize("name", vertebra.list_models(family="swin"))
@@ -119,8 +119,8 @@ def test_padded_shifted_attention_equals_the_steps_written_out(sides):
     x = torch.randn(2, *sides, 16)
     with torch.no_grad():
         for block in dense.stages[0].blocks:
-            assert error(block.mixer(x), plain_attention(block.mixer, x)) <= 1e-5
-        shifted = dense.stages[0].blocks[1].mixer
+            assert error(block.attn(x), plain_attention(block.attn, x)) <= 1e-5
+        shifted = dense.stages[0].blocks[1].attn
         if min(sides) > 1:  # the mask is what keeps cells from opposite edges apart
             assert error(shifted(x), plain_attention(shifted, x, masked=False)) > 1e-2
 
@@ -154,7 +154,7 @@ def test_windows_follow_the_built_size_by_its_smaller_side():
     assert settings_of(small(img_size=448)) == [full] * 4
     assert settings_of(small(img_size=96)) == [full, full, [(6, 0)] * 2, [(3, 0)] * 2]
     assert settings_of(small(img_size=90)) == [full, full, [(6, 0)] * 2, [(3, 0)] * 2]  # 23, 12, 6, 3 cells
-    assert small(img_size=96).stages[3].blocks[0].mixer.pos.table.shape == (25, 4)
+    assert small(img_size=96).stages[3].blocks[0].attn.pos.table.shape == (25, 4)
     assert settings_of(small(img_size=96, features_only=True)) == [full] * 4
     with pytest.raises(ValueError, match="img_size"):
         small(img_size=0)
@@ -166,10 +166,10 @@ def test_the_dense_version_shifts_small_maps_and_normalises_each_output():
     model = small()
     dense = small(seed=1, features_only=True)
     report = vertebra.load_checkpoint(dense, vertebra.to_official(model))
-    assert sorted(report.fresh) == sorted(f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias"))
+    assert sorted(report.fresh) == sorted(f"output_norms.{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias"))
     with torch.no_grad():
         for i in range(4):
-            norm = getattr(dense, f"norm{i}")
+            norm = dense.output_norms[i]
             norm.weight.fill_(1), norm.bias.fill_(0)
         x = torch.randn(1, 3, 224, 224)
         maps, raw = dense(x), model.forward_intermediates(x)
@@ -208,7 +208,7 @@ def test_constant_buffers_may_be_in_the_file_and_tables_are_resampled():
     name = "layers.1.blocks.0.attn.relative_position_bias_table"
     table = state[name].t().reshape(1, 2, 13, 13)
     want = F.interpolate(table, size=(23, 23), mode="bicubic", align_corners=False).reshape(2, -1).t()
-    assert error(wide.stages[1].blocks[0].mixer.pos.table.detach(), want) <= 1e-6
+    assert error(wide.stages[1].blocks[0].attn.pos.table.detach(), want) <= 1e-6
 
 
 @pytest.mark.parametrize("name", [TINY, MLP])
@@ -231,21 +231,19 @@ def test_a_row_of_a_plane_is_the_line(name):
     with torch.no_grad():
         for one, two in zip(line, plane, strict=True):
             if name == TINY:  # equal keys repeated as often leave a softmax's mean as it was
-                two.mixer.load_state_dict(
-                    one.mixer.state_dict() | {"pos.table": one.mixer.pos.table.repeat(2 * w - 1, 1)}
-                )
-                got = two.mixer(x[:, None].expand(1, 8, 10, 16))
-                assert error(got, one.mixer(x)[:, None].expand_as(got)) <= 1e-5
+                two.attn.load_state_dict(one.attn.state_dict() | {"pos.table": one.attn.pos.table.repeat(2 * w - 1, 1)})
+                got = two.attn(x[:, None].expand(1, 8, 10, 16))
+                assert error(got, one.attn(x)[:, None].expand_as(got)) <= 1e-5
             else:
-                heads = one.mixer.heads
+                heads = one.attn.heads
                 matrix = torch.zeros(heads, w, w, w, w)
-                matrix[:] = torch.einsum("rs,hqk->hrqsk", torch.eye(w), one.mixer.weight.view(heads, w, w))
-                two.mixer.weight.copy_(matrix.reshape(heads * w * w, w * w, 1))
-                two.mixer.bias.copy_(one.mixer.bias.view(heads, 1, w).expand(heads, w, w).reshape(-1))
-                got = two.mixer(x[:, None].expand(1, 8, 10, 16))
-                assert error(got, one.mixer(x)[:, None].expand_as(got)) <= 1e-5
+                matrix[:] = torch.einsum("rs,hqk->hrqsk", torch.eye(w), one.attn.weight.view(heads, w, w))
+                two.attn.weight.copy_(matrix.reshape(heads * w * w, w * w, 1))
+                two.attn.bias.copy_(one.attn.bias.view(heads, 1, w).expand(heads, w, w).reshape(-1))
+                got = two.attn(x[:, None].expand(1, 8, 10, 16))
+                assert error(got, one.attn(x)[:, None].expand_as(got)) <= 1e-5
 
 
 def test_tables_are_exempt_from_weight_decay():
     names = small().no_weight_decay()
-    assert len(names) == 8 and all(n.endswith(".mixer.pos.table") for n in names)
+    assert len(names) == 8 and all(n.endswith(".attn.pos.table") for n in names)

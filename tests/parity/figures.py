@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,25 @@ CALLS: dict[str, tuple[str, dict, bool]] = {
     "repvgg_a0_fused": ("repvgg_a0", {}, True),
     "lightvit_tiny_dense_200x264": ("lightvit_tiny", {"features_only": True}, False),
     "lightvit_tiny_dense_256x192": ("lightvit_tiny", {"features_only": True}, False),
+    "twins_svt_small_dense_200x264": ("twins_svt_small", {"features_only": True}, False),
+    "twins_svt_small_dense_256x192": ("twins_svt_small", {"features_only": True}, False),
+    "twins_svt_small_seg_200x264": ("twins_svt_small", {"features_only": True, "mask_padding": True}, False),
+    "cvt_13_256x192": ("cvt_13", {}, False),
+    "dualvit_s_256x192": ("dualvit_s", {}, False),
+    "dualvit_s_cls_only": ("dualvit_s", {"token_label": False}, False),
+    "dualvit_s_dense_192x288": ("dualvit_s", {"features_only": True}, False),
+    "biformer_tiny_autopad_256x192": ("biformer_tiny", {}, False),
+    "gc_vit_xxtiny_dense_256x192": ("gc_vit_xxtiny", {"features_only": True}, False),
+    "crossvit_9_dagger_224_240x240": ("crossvit_9_dagger_224", {}, False),
+    "cf_deit_small": ("cf_deit_small", {"threshold": 0.012489}, False),
+    "cf_lvvit_small": ("cf_lvvit_small", {"threshold": 0.007802}, False),
+    "stvit_r_swin_tiny_options": (
+        "stvit_r_swin_tiny",
+        {"use_global": True, "shortcut": True, "relative_pos": True, "use_conv_pos": True},
+        False,
+    ),
+    "svit_small_200x168": ("svit_small", {}, False),
+    "svit_small_iter2": ("svit_small", {"iterations": (2, 2, 1, 1)}, False),
 }
 
 
@@ -76,10 +96,15 @@ def load_table() -> dict[str, dict]:
     return json.loads((HERE / "table.json").read_text())
 
 
+def call(stem: str) -> tuple[str, dict, bool]:
+    """(model, create_model options, fused first?) of a golden's stem (family/variant)."""
+    variant = stem.split("/")[1]
+    return CALLS.get(variant, (variant, {}, False))
+
+
 def build(stem: str) -> vertebra.Backbone:
     """The model of ours that a golden's stem (family/variant) stands for, in evaluation mode."""
-    variant = stem.split("/")[1]
-    name, options, fused = CALLS.get(variant, (variant, {}, False))
+    name, options, fused = call(stem)
     model = vertebra.create_model(name, **options).eval()
     return vertebra.fuse(model) if fused else model
 
@@ -101,14 +126,43 @@ def run(model: vertebra.Backbone, x: np.ndarray, names: list[str]) -> dict[str, 
     return {k: v.numpy() for k, v in found.items()}
 
 
+SUFFIXES = ("_x100", "_scale_plus_1", "_stress")
+
+
 def cases(row: dict) -> Iterator[tuple[str, np.ndarray, dict]]:
-    """(suffix, input, {output: figures}) for each input scale of a table row."""
+    """(suffix, input, {output: figures}) for each input scale and each fill of a table row; see `weights`."""
     x = make_input(row["input"])
-    plain = {k: v for k, v in row["outputs"].items() if not k.endswith("_x100")}
-    scaled = {k.removesuffix("_x100"): v for k, v in row["outputs"].items() if k.endswith("_x100")}
-    yield "", x, plain
-    if scaled:
-        yield "_x100", 100 * x, scaled
+    for suffix in ("", *SUFFIXES):
+        names = [k for k in row["outputs"] if (k.endswith(suffix) if suffix else not k.endswith(SUFFIXES))]
+        if names:
+            outputs = {k.removesuffix(suffix): row["outputs"][k] for k in names}
+            yield suffix, 100 * x if suffix == "_x100" else x, outputs
+
+
+def weights(row: dict, shapes: dict[str, tuple[int, ...]], suffix: str) -> dict[str, torch.Tensor]:
+    """The official state dict of a case: the fill rule, with its changes for `_scale_plus_1` and `_stress`.
+
+    Some parts of some networks hardly show in the outputs under the plain rule; the changed fills bring them out.
+    """
+    filled = {}
+    for key, shape in shapes.items():
+        value = fill_value(key, shape)
+        if suffix == "_scale_plus_1" and key.endswith(".scale"):
+            value = value + 1
+        if suffix == "_stress":
+            value = value * np.float32(math.prod(f for pattern, f in row["stress"] if re.search(pattern, key)))
+        filled[key] = torch.from_numpy(value)
+    return filled
+
+
+def full_arrays(stem: str) -> dict[str, np.ndarray]:
+    """All output arrays of a golden, those of its stress fill under names that end in `_stress`; {} without it."""
+    found: dict[str, np.ndarray] = {}
+    for file, suffix in ((f"{stem}.npz", ""), (f"{stem}.stress.npz", "_stress")):
+        if (GOLDEN / file).exists():
+            with np.load(GOLDEN / file) as stored:
+                found |= {k + suffix: stored[k] for k in stored.files if k not in ("rules", "note")}
+    return found
 
 
 def relative_error(ours: np.ndarray, reference: np.ndarray, largest: float | None = None) -> float:

@@ -6,7 +6,7 @@ import json
 import os
 
 import numpy as np
-from figures import GOLDEN, HERE, names_hash, places
+from figures import GOLDEN, HERE, full_arrays, names_hash, places
 
 import vertebra
 
@@ -14,8 +14,7 @@ import vertebra
 def row(path) -> dict:
     """The compact figures of one golden."""
     meta = json.loads(path.read_text())
-    with np.load(path.with_suffix(".npz")) as stored:
-        arrays = {k: stored[k] for k in stored.files}
+    arrays = full_arrays(f"{path.parent.name}/{path.stem}")
     kept = {k: tuple(shape) for k, shape, kind in meta["state"] if kind != "const"}
     outputs = {}
     for name, array in arrays.items():
@@ -23,7 +22,10 @@ def row(path) -> dict:
         probes = [float(f"{v:.9g}") for v in flat[places(flat.size)]]
         outputs[name] = {"shape": list(array.shape), "largest": float(f"{np.abs(flat).max():.9g}"), "values": probes}
     figures = {"input": meta["input"]["shape"], "params": meta["params"], "names": names_hash(kept)}
-    return figures | {"source": meta["source"].get("repo") or meta["source"].get("repository"), "outputs": outputs}
+    figures["source"] = meta["source"].get("repo") or meta["source"].get("repository")
+    if "stress" in meta:
+        figures["stress"] = meta["stress"]["rules"]
+    return figures | {"outputs": outputs}
 
 
 if __name__ == "__main__":

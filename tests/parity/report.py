@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import torch
-from figures import GOLDEN, HERE, build, cases, fill_value, load_table, official_shapes, relative_error, run
+from figures import HERE, build, cases, full_arrays, load_table, official_shapes, relative_error, run, weights
 
 import vertebra
 
 
 def worst(stem: str, row: dict) -> float:
     """The largest relative error over all outputs and input scales of one golden."""
-    model = build(stem)
-    weights = {k: torch.from_numpy(fill_value(k, s)) for k, s in official_shapes(model).items()}
-    vertebra.load_checkpoint(model, weights)
-    with np.load(GOLDEN / f"{stem}.npz") as stored:
-        full = {k: stored[k] for k in stored.files}
-    errors = []
+    model, full, errors = build(stem), full_arrays(stem), []
+    shapes = official_shapes(model)
     for suffix, x, expected in cases(row):
+        vertebra.load_checkpoint(model, weights(row, shapes, suffix))
         found = run(model, x, list(expected))
         errors += [relative_error(found[name], full[name + suffix]) for name in expected]
     return max(errors)

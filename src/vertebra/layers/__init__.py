@@ -1,7 +1,17 @@
 """Rank-free building blocks on channels-last maps (B, *S, C); they know nothing of models or papers' names."""
 
-from .attention import Attention, attend, attention_rollout, check_heads, merge_heads, record_attention, split_heads
-from .conv import ConvNorm, InvertedResidual, SqueezeExcite
+from .attention import (
+    Attention,
+    CrossAttention,
+    attend,
+    attention_rollout,
+    check_heads,
+    merge_heads,
+    record_attention,
+    split_heads,
+)
+from .block import Block, TokenBlock
+from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite
 from .drop import DropPath, LayerScale, drop_path_rates
 from .embed import CrossScale, PatchEmbed, PatchMerging
 from .mlp import Mlp
@@ -27,10 +37,12 @@ from .window import Windows, windows
 __all__ = [
     "Attention",
     "BatchNorm",
+    "Block",
     "Branches",
     "Conv",
     "ConvNorm",
     "ConvTranspose",
+    "CrossAttention",
     "CrossScale",
     "DropPath",
     "DynamicPositionBias",
@@ -42,7 +54,9 @@ __all__ = [
     "PatchMerging",
     "Positions",
     "RelativePositionBias",
+    "ResidualConv",
     "SqueezeExcite",
+    "TokenBlock",
     "Windows",
     "adaptive_avg_pool",
     "attend",

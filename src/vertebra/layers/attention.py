@@ -77,6 +77,22 @@ class Attention(nn.Module):
         return self.proj(merge_heads(attend(q, k, v, bias)))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (B, L, C) to a context (B, M, C): (B, L, C). `bias` broadcasts to (B, heads, L, M)."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        (q,) = split_heads(self.q(x), self.heads)
+        k, v = split_heads(self.kv(context), self.heads, 2)
+        return self.proj(merge_heads(attend(q, k, v, bias)))
+
+
 def attention_rollout(weights: list[Tensor]) -> Tensor:
     """Attention rollout (arXiv 2005.00928, eq. 1) of equally sized maps (B, H, L, L) -> (B, L, L)."""
     total = None

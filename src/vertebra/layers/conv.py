@@ -38,6 +38,20 @@ class ConvNorm(nn.Module):
         return self
 
 
+class ResidualConv(nn.Module):
+    """x + depthwise convolution of x: (B, *S, C) -> (B, *S, C).
+
+    In front of attention it serves as a conditional position encoding (CPVT, arXiv 2102.10882).
+    """
+
+    def __init__(self, ndim: int, dim: int, kernel: int = 3):
+        super().__init__()
+        self.conv = Conv(ndim, dim, dim, kernel, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
 class SqueezeExcite(nn.Module):
     """Channel gate from the global mean (arXiv 1709.01507, Fig. 2): (B, *S, C) -> (B, *S, C)."""
 

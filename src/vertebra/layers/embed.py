@@ -14,14 +14,19 @@ class PatchEmbed(nn.Module):
     """Convolution with a stride, then an optional norm: (B, *S, dim) -> (B, *S / stride, out).
 
     kernel == stride gives ViT's patches (`pad` fills a ragged end with zeros, otherwise it is cut off), a larger kernel
-    gives overlapping patches (PVT v2, CvT) padded by kernel // 2.
+    gives overlapping patches (PVT v2, CvT) padded by `padding`, by default kernel // 2.
     """
 
-    def __init__(self, ndim, dim, out, kernel, stride=None, norm: nn.Module | None = None, pad: bool = False):
+    def __init__(
+        self, ndim, dim, out, kernel, stride=None, norm: nn.Module | None = None, pad: bool = False,
+        padding: int | None = None, bias: bool = True,
+    ):  # fmt: skip
         super().__init__()
         stride = stride or kernel
+        if padding is None:
+            padding = 0 if kernel == stride else kernel // 2
         self.multiple = stride if pad and kernel == stride else None
-        self.proj = Conv(ndim, dim, out, kernel, stride, padding=0 if kernel == stride else kernel // 2)
+        self.proj = Conv(ndim, dim, out, kernel, stride, padding, bias=bias)
         self.norm = norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

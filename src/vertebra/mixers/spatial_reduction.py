@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Conv, adaptive_avg_pool, attend, check_heads, merge_heads, split_heads
+from ..layers import Conv, CrossAttention, adaptive_avg_pool
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(CrossAttention):
     """Attention whose keys and values come from a smaller map: (B, *S, C) -> (B, *S, C), PVT eq. 1 to 3.
 
     A convolution with kernel and stride `ratio` makes the map smaller (a ragged end is cut off); 1 is plain attention.
@@ -16,10 +16,8 @@ class SpatialReductionAttention(nn.Module):
     """
 
     def __init__(self, ndim: int, dim: int, heads: int, ratio: int = 1, linear: bool = False, pool: int = 7):
-        super().__init__()
-        check_heads(dim, heads)
-        self.heads, self.pool = heads, pool if linear else None
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        super().__init__(dim, heads)
+        self.pool = pool if linear else None
         self.reduced = linear or ratio > 1
         if self.reduced:
             kernel = 1 if linear else ratio
@@ -36,6 +34,4 @@ class SpatialReductionAttention(nn.Module):
         return self.act(self.norm(self.sr(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        (q,) = split_heads(self.q(x.flatten(1, -2)), self.heads)
-        k, v = split_heads(self.kv(self.reduce(x).flatten(1, -2)), self.heads, 2)
-        return self.proj(merge_heads(attend(q, k, v)).reshape(x.shape))
+        return super().forward(x.flatten(1, -2), self.reduce(x).flatten(1, -2)).reshape(x.shape)

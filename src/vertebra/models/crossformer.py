@@ -13,11 +13,12 @@ before the merging convolutions but after those of the embedding; padded keys ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import Attention, Conv, CrossScale, DropPath, DynamicPositionBias, Mlp, drop_path_rates, pad_to, windows
+from ..layers import Attention, Block, Conv, CrossScale, DynamicPositionBias, Mlp, drop_path_rates, pad_to, windows
 from ..registry import Family, Variant, Weights
 
 
@@ -66,21 +67,15 @@ class CoolingLayer(nn.Module):
         return self.norm(self.conv(x))
 
 
-class Block(nn.Module):
-    """CrossFormer block (Fig. 1): attention in groups, MLP, and in some blocks of ++ a cooling layer."""
+class CoolBlock(Block):
+    """The block of ++ that ends in a cooling layer."""
 
-    def __init__(self, ndim, dim, heads, group, interval, mlp_ratio, drop_path, cool: bool):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = GroupedAttention(ndim, dim, heads, group, interval)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-        self.cool = CoolingLayer(ndim, dim) if cool else nn.Identity()
+    def __init__(self, ndim: int, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float):
+        super().__init__(dim, attn, mlp, drop_path)
+        self.cool = CoolingLayer(ndim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return self.cool(x)
+        return self.cool(super().forward(x))
 
 
 class Merging(nn.Module):
@@ -109,12 +104,6 @@ class CrossFormer(Backbone):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
-        drop_path_rate: float = 0.0,
         *,
         dim: int,
         depths: Sequence[int],
@@ -125,22 +114,26 @@ class CrossFormer(Backbone):
         mlp_ratio: float = 4.0,
         kernels: Sequence[int] = (4, 8, 16, 32),
         merge_kernels: Sequence[int] = (2, 4),
+        drop_path_rate: float = 0.0,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         self.patch_embed = CrossScale(ndim, in_chans, dim, kernels, stride=4)
         self.patch_norm = nn.LayerNorm(dim)
         dims = [dim * 2**i for i in range(len(depths))]
         rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList()
         for i, (width, depth) in enumerate(zip(dims, depths, strict=True)):
-            cool = [cooling and (j + 1) % 3 == 0 and j < depth - 1 for j in range(depth)]
-            blocks = [
-                Block(ndim, width, heads[i], groups[i], intervals[i] if j % 2 else 1, mlp_ratio, rates[i][j], cool[j])
-                for j in range(depth)
-            ]
+            blocks: list[nn.Module] = []
+            for j, rate in enumerate(rates[i]):
+                attn = GroupedAttention(ndim, width, heads[i], groups[i], intervals[i] if j % 2 else 1)
+                mlp = Mlp(width, int(width * mlp_ratio))
+                cool = cooling and (j + 1) % 3 == 0 and j < depth - 1
+                blocks.append(CoolBlock(ndim, width, attn, mlp, rate) if cool else Block(width, attn, mlp, rate))
             self.stages.append(Stage(blocks, down=Merging(ndim, dims[i - 1], merge_kernels) if i else None))
         self.describe(dims, [4 * 2**i for i in range(len(depths))])
-        if not features_only:  # the dense version returns raw maps
+        if not self.features_only:  # the dense version returns raw maps
             self.norm = nn.LayerNorm(dims[-1])
         self.make_head()
         self.init_weights()

@@ -19,6 +19,7 @@ maps are averaged over the cells that exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -174,14 +175,14 @@ class DualTokenViT(Pyramid):
     no_decay = ("global_token",)
 
     def __init__(
-        self, ndim: int = 2, in_chans: int = 3, num_classes: int = 1000, features_only: bool = False,
-        out_indices: Sequence[int] | None = None, drop_path_rate: float = 0.0, *,
-        dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], mlp_ratios: Sequence[float] = (8, 4, 4),
+        self, *, dims: Sequence[int], depths: Sequence[int], heads: Sequence[int],
+        mlp_ratios: Sequence[float] = (8, 4, 4),
         token_mlp: str = "mix", tokens: int | None = None, grid: int = 7, alpha: float = 0.1,
         kernels: Sequence[int] = (5, 7, 0), steps: Sequence[int] = (1, 0, 0), stepwise: bool = True,
-        encoder: str = "conv", neck: int = 1280,
+        encoder: str = "conv", neck: int = 1280, drop_path_rate: float = 0.0, **contract: Any,
     ):  # fmt: skip
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         if token_mlp not in ("plain", "mix"):
             raise ValueError(f"token_mlp must be one of plain, mix, got {token_mlp!r}")
         if encoder not in ("conv", "window"):

@@ -13,6 +13,7 @@ Padding takes part in local windows (as the bias of qkv) but is never seen by th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ class Pyramid(Backbone):
         (r"^stages\.(\d+)\.down", r"stages.\1.0"),
         (r"^stages\.(\d+)\.blocks\.(\d+)", lambda m: f"stages.{m[1]}.{int(m[2]) + (m[1] != '0')}"),
         (r"\.pos\.table$", ".relative_position_bias_table"),
-        (r"^norms\.(\d+)", r"norm\1"),
+        (r"^output_norms\.(\d+)", r"norm\1"),
     )
     CONSTANT = (r"\.relative_position_index$",)
 
@@ -180,7 +181,7 @@ class Pyramid(Backbone):
         """Feature description, then the output norms (dense) or norm, neck and head (classification)."""
         self.describe(dims, [8 * 2**i for i in range(len(dims))])
         if self.features_only:
-            self.norms = nn.ModuleList(nn.LayerNorm(d, eps=1e-6) for d in dims)
+            self.output_norms = nn.ModuleList(nn.LayerNorm(d, eps=1e-6) for d in dims)
         else:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
             self.neck = nn.Sequential(nn.Linear(dims[-1], neck), nn.LayerNorm(neck), nn.GELU())
@@ -190,9 +191,6 @@ class Pyramid(Backbone):
     def to_map(self, state: State, index: int) -> Tensor:
         return state[0]
 
-    def output_norm(self, x: Tensor, index: int) -> Tensor:
-        return self.norms[index](x) if self.features_only else x
-
 
 class LightViT(Pyramid):
     """Three stages at strides 8, 16 and 32 (Table 1); `tokens` global tokens, windows of `window` cells per axis."""
@@ -201,12 +199,6 @@ class LightViT(Pyramid):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
-        drop_path_rate: float = 0.0,
         *,
         dims: Sequence[int],
         depths: Sequence[int],
@@ -215,14 +207,17 @@ class LightViT(Pyramid):
         mlp_ratios: Sequence[float] = (8, 4, 4),
         window: int = 7,
         neck: int = 1280,
+        drop_path_rate: float = 0.0,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         self.patch_embed = Stem(ndim, in_chans, dims[0])
         self.global_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dims[0]), std=0.02))
         rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            last = [features_only and i == len(dims) - 1 and j == depth - 1 for j in range(depth)]
+            last = [self.features_only and i == len(dims) - 1 and j == depth - 1 for j in range(depth)]
             blocks = [Block(ndim, dim, heads[i], window, mlp_ratios[i], rates[i][j], last[j]) for j in range(depth)]
             self.stages.append(Stage(blocks, down=Merge(ndim, dims[i - 1], dim) if i else None))
         self._ends(dims, neck)

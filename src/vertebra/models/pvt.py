@@ -20,34 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import Conv, DropPath, Mlp, PatchEmbed, Positions, drop_path_rates, ntuple
+from ..layers import Block, Conv, Mlp, PatchEmbed, Positions, TokenBlock, drop_path_rates, ntuple
 from ..mixers import SpatialReductionAttention
 from ..registry import Family, Variant, Weights
 
 EPS = 1e-6
 KERNELS = (4, 2, 2, 2)  # v1's patch sizes, and the strides of both
-
-
-class Block(nn.Module):
-    """Attention with spatial reduction and MLP, norms first (PVT Fig. 3): (B, *S, C) -> (B, *S, C)."""
-
-    def __init__(self, ndim, dim, heads, ratio, mlp_ratio, drop_path, linear=False, middle: nn.Module | None = None):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
-        self.attn = SpatialReductionAttention(ndim, dim, heads, ratio, linear)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), middle=middle)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class TokenBlock(Block):
-    """The same over (tokens (B, 1 + N, C), grid): without reduction attention never asks where a token is."""
-
-    def forward(self, state: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
-        return super().forward(state[0]), state[1]
 
 
 class Embed(PatchEmbed):
@@ -106,36 +84,36 @@ class PyramidVisionTransformer(_Pyramid):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
-        drop_path_rate: float = 0.0,
-        img_size: int | Sequence[int] = 224,
         *,
         dims: Sequence[int] = (64, 128, 320, 512),
         depths: Sequence[int],
         heads: Sequence[int] = (1, 2, 5, 8),
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         ratios: Sequence[int] = (8, 4, 2, 1),
+        drop_path_rate: float = 0.0,
+        img_size: int | Sequence[int] = 224,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         if ratios[-1] != 1:
             raise ValueError(f"the last reduction ratio must be 1 (its tokens lie on no grid), got {ratios[-1]}")
         rates, grid = drop_path_rates(drop_path_rate, depths), ntuple(img_size, ndim, "img_size")
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
             last = i == len(dims) - 1
-            embed, block = (TokenEmbed, TokenBlock) if last and not features_only else (Embed, Block)
+            embed, block = (TokenEmbed, TokenBlock) if last and not self.features_only else (Embed, Block)
             grid = tuple(max(s // KERNELS[i], 1) for s in grid)
             down = embed(ndim, dims[i - 1] if i else in_chans, dim, KERNELS[i], grid, prefix=int(last))
             if i == 0:
                 self.patch_embed = down
-            blocks = [block(ndim, dim, heads[i], ratios[i], mlp_ratios[i], rate) for rate in rates[i]]
+            blocks = []
+            for rate in rates[i]:
+                attn = SpatialReductionAttention(ndim, dim, heads[i], ratios[i])
+                blocks.append(block(dim, attn, Mlp(dim, int(dim * mlp_ratios[i])), rate, eps=EPS))
             self.stages.append(Stage(blocks, down=down if i else None))
         self.describe(dims, [4 * 2**i for i in range(len(dims))])
-        if not features_only:
+        if not self.features_only:
             self.norm = nn.LayerNorm(dims[-1], eps=EPS)
         self.make_head()
         self.init_weights()
@@ -161,12 +139,6 @@ class PyramidVisionTransformerV2(_Pyramid):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
-        drop_path_rate: float = 0.0,
         *,
         dims: Sequence[int] = (64, 128, 320, 512),
         depths: Sequence[int],
@@ -174,8 +146,11 @@ class PyramidVisionTransformerV2(_Pyramid):
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         ratios: Sequence[int] = (8, 4, 2, 1),
         linear: bool = False,
+        drop_path_rate: float = 0.0,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         rates = drop_path_rates(drop_path_rate, depths)
         self.patch_embed = PatchEmbed(ndim, in_chans, dims[0], 7, 4, norm=nn.LayerNorm(dims[0]))
         self.stages = nn.ModuleList()
@@ -186,7 +161,8 @@ class PyramidVisionTransformerV2(_Pyramid):
                 hidden = int(dim * mlp_ratios[i])
                 middle: nn.Module = Conv(ndim, hidden, hidden, 3, groups=hidden)
                 middle = nn.Sequential(nn.ReLU(), middle) if linear else middle
-                blocks.append(Block(ndim, dim, heads[i], ratios[i], mlp_ratios[i], rate, linear, middle))
+                attn = SpatialReductionAttention(ndim, dim, heads[i], ratios[i], linear)
+                blocks.append(Block(dim, attn, Mlp(dim, hidden, middle=middle), rate, eps=EPS))
             self.stages.append(Stage(blocks, down=down, norm=nn.LayerNorm(dim, eps=EPS)))
         self.describe(dims, [4 * 2**i for i in range(len(dims))])
         self.make_head()

@@ -12,6 +12,7 @@ ReLU. RepVGGplus (squeeze-excitation after it, auxiliary heads) is not in the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,18 +55,15 @@ class RepVGG(Backbone):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
         *,
         blocks: Sequence[int],
         widths: Sequence[int],
         groups: int = 1,
         squeeze: bool = False,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         self.stem = Block(ndim, in_chans, widths[0], 2, 1, squeeze)
         self.stages, dim, index = nn.ModuleList(), widths[0], 0
         for width, depth in zip(widths[1:], blocks, strict=True):

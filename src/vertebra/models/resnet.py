@@ -11,6 +11,7 @@ activation comes after the addition.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -88,11 +89,6 @@ class ResNet(Backbone):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
         *,
         layers: Sequence[int],
         bottleneck: bool = True,
@@ -100,8 +96,10 @@ class ResNet(Backbone):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] = (False, False, False),
         zero_init_residual: bool = False,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         dilate = (False, *replace_stride_with_dilation)
         if len(dilate) != 4 or len(layers) != 4:
             raise ValueError("layers needs four entries and replace_stride_with_dilation three (stages 2, 3 and 4)")

@@ -14,13 +14,13 @@ keys. The official code ends a stage with its merge; here a stage begins with it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import DropPath, Mlp, PatchEmbed, PatchMerging, built_grid, check_heads, drop_path_rates, windows
+from ..layers import Block, Mlp, PatchEmbed, PatchMerging, built_grid, check_heads, drop_path_rates, windows
 from ..mixers import WindowAttention
 from ..registry import Family, Inputs, Variant, Weights
 
@@ -51,50 +51,33 @@ class WindowMixing(nn.Module):
         return parts.join(mixed.flatten(2), sides)
 
 
-class Block(nn.Module):
-    """Swin block (Fig. 3b): `mixer` between the tokens of a window, then MLP. (B, *S, C) -> (B, *S, C)"""
-
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mixer, self.mlp = mixer, Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class SwinTransformer(Backbone):
     """The pyramid of Fig. 3a. `img_size` only decides each stage's window and shift; any input is padded to fit."""
 
     OFFICIAL = (
         (r"^stages\.(\d+)\.down\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
         (r"^stages\.", "layers."),
-        (r"\.mixer\.pos\.table$", ".attn.relative_position_bias_table"),
-        (r"\.mixer\.(weight|bias)$", r".spatial_mlp.\1"),
-        (r"\.mixer\.", ".attn."),
+        (r"\.attn\.pos\.table$", ".attn.relative_position_bias_table"),
+        (r"\.attn\.(weight|bias)$", r".spatial_mlp.\1"),
+        (r"^output_norms\.(\d+)", r"norm\1"),
     )
     CONSTANT = (r"\.attn\.relative_position_index$", r"\.attn_mask$")
     mixer: ClassVar[type[nn.Module]] = WindowAttention
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
-        img_size: int | Sequence[int] = 224,
-        drop_path_rate: float = 0.0,
         *,
         dim: int,
         depths: Sequence[int],
         heads: Sequence[int],
         window: int = 7,
         mlp_ratio: float = 4.0,
+        img_size: int | Sequence[int] = 224,
+        drop_path_rate: float = 0.0,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be a whole number of at least 1, got {window!r}")
         side = min(built_grid(img_size, ndim, 4))
@@ -106,16 +89,16 @@ class SwinTransformer(Backbone):
         self.stages = nn.ModuleList()
         for i, (width, depth) in enumerate(zip(dims, depths, strict=True)):
             reach, shift = window, window // 2
-            if side <= window and not features_only:
+            if side <= window and not self.features_only:
                 reach, shift = side, 0
             mixers = [self.mixer(ndim, width, heads[i], reach, shift if j % 2 else 0) for j in range(depth)]
-            blocks = [Block(width, mixer, mlp_ratio, rate) for mixer, rate in zip(mixers, rates[i], strict=True)]
+            hidden = int(width * mlp_ratio)
+            blocks = [Block(width, mix, Mlp(width, hidden), rate) for mix, rate in zip(mixers, rates[i], strict=True)]
             self.stages.append(Stage(blocks, down=PatchMerging(ndim, dims[i - 1], width) if i else None))
             side = (side + 1) // 2
         self.describe(dims, [4 * 2**i for i in range(len(depths))])
-        if features_only:
-            for i, width in enumerate(dims):
-                self.add_module(f"norm{i}", nn.LayerNorm(width))
+        if self.features_only:
+            self.output_norms = nn.ModuleList(nn.LayerNorm(width) for width in dims)
         else:
             self.norm = nn.LayerNorm(dims[-1])
         self.make_head()
@@ -126,9 +109,6 @@ class SwinTransformer(Backbone):
 
     def finish(self, state: Tensor) -> Tensor:
         return self.norm(state)
-
-    def output_norm(self, x: Tensor, index: int) -> Tensor:
-        return getattr(self, f"norm{index}")(x) if self.features_only else x
 
 
 class SwinMLP(SwinTransformer):

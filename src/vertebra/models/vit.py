@@ -19,26 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import Attention, DropPath, Mlp, PatchEmbed, Positions, built_grid, drop_path_rates
+from ..layers import Attention, Mlp, PatchEmbed, Positions, TokenBlock, built_grid, drop_path_rates
 from ..registry import Family, Inputs, Variant, Weights
 
 EPS = 1e-6
 State = tuple[Tensor, tuple[int, ...]]  # tokens (B, P + N, C) with P prefix tokens, and the grid of the N patches
-
-
-class Block(nn.Module):
-    """Encoder block (eq. 2 and 3), norms first: state -> state."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
-        self.attn, self.mlp = Attention(dim, heads), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, state: State) -> State:
-        x, grid = state
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x))), grid
 
 
 class VisionTransformer(Backbone):
@@ -62,13 +47,6 @@ class VisionTransformer(Backbone):
 
     def __init__(
         self,
-        ndim: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
-        drop_path_rate: float = 0.0,
-        img_size: int | Sequence[int] = 224,
         *,
         patch: int,
         dim: int,
@@ -76,8 +54,12 @@ class VisionTransformer(Backbone):
         heads: int,
         mlp_ratio: float = 4.0,
         global_pool: str = "token",
+        drop_path_rate: float = 0.0,
+        img_size: int | Sequence[int] = 224,
+        **contract: Any,
     ):
-        super().__init__(ndim, in_chans, num_classes, features_only, out_indices)
+        super().__init__(**contract)
+        ndim, in_chans = self.ndim, self.in_chans
         if global_pool not in self.pools:
             raise ValueError(f"global_pool must be one of {', '.join(self.pools)}, got {global_pool!r}")
         if depth < 1:
@@ -90,11 +72,12 @@ class VisionTransformer(Backbone):
             dim, built_grid(img_size, ndim, patch), len(self.prefix), load_antialias=self.load_antialias
         )
         (rates,) = drop_path_rates(drop_path_rate, [depth])
-        self.stages = nn.ModuleList(Stage([Block(dim, heads, mlp_ratio, rate)]) for rate in rates)
-        if features_only:
+        blocks = [TokenBlock(dim, Attention(dim, heads), Mlp(dim, int(dim * mlp_ratio)), rate, EPS) for rate in rates]
+        self.stages = nn.ModuleList(Stage([block]) for block in blocks)
+        if self.features_only:
             self.default_indices = tuple(sorted({max(depth * k // 4 - 1, 0) for k in (1, 2, 3, 4)}))
         self.describe([dim] * depth, [patch] * depth)
-        if not features_only:
+        if not self.features_only:
             self.add_module("norm" if global_pool == "token" else "fc_norm", nn.LayerNorm(dim, eps=EPS))
         self.make_head()
         self.init_weights()

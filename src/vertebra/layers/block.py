@@ -1,0 +1,40 @@
+"""The block that almost every transformer repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .drop import DropPath, LayerScale
+
+
+class Block(nn.Module):
+    """Transformer block, norms first: x + attn(norm1 x), then x + mlp(norm2 x); (..., C) -> (..., C).
+
+    Both branches have stochastic depth, and with `scale` a layer scale that starts there. `position` runs before them
+    (such as a convolution with a residual, which tells a token where it is).
+    """
+
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, eps: float = 1e-5,
+        scale: float | None = None, position: nn.Module | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.position = position or nn.Identity()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn, self.mlp = attn, mlp
+        self.scale1, self.scale2 = (nn.Identity() if scale is None else LayerScale(dim, scale) for _ in range(2))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Any) -> Any:
+        x = self.position(x)
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class TokenBlock(Block):
+    """The same over a state (tokens (B, P + N, C), grid of the N patches), for attention that never asks for places."""
+
+    def forward(self, state: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
+        return super().forward(state[0]), state[1]
