@@ -166,7 +166,7 @@ def test_the_dense_version_shifts_small_maps_and_normalises_each_output():
     model = small()
     dense = small(seed=1, features_only=True)
     report = vertebra.load_checkpoint(dense, vertebra.to_official(model))
-    assert sorted(report.fresh) == sorted(f"output_norms.{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias"))
+    assert sorted(report.fresh) == sorted(f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias"))
     with torch.no_grad():
         for i in range(4):
             norm = dense.output_norms[i]
