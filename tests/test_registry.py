@@ -36,6 +36,13 @@ def test_unknown_names(call):
         call("@@@")
 
 
+def test_options_of_parents_are_known_too():
+    model = create_model("deit_tiny_distilled_patch16_224", dim=48, heads=3, depth=2, drop_path_rate=0.5, img_size=64)
+    assert model.num_features == 48 and model.stages[1].blocks[0].drop_path.rate == 0.5
+    with pytest.raises(ValueError, match=r"no option 'dept'; it has: depth, .*drop_path_rate, .*in_chans, .*ndim"):
+        create_model("deit_tiny_distilled_patch16_224", dept=2)
+
+
 def test_misspelt_options():
     with pytest.raises(
         ValueError, match=r"crossformer_tiny has no option 'dimm', 'goups'; it has: cooling, depths, dim,"

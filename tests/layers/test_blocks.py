@@ -14,9 +14,11 @@ from torch import nn
 from vertebra.layers import (
     Attention,
     BatchNorm,
+    Block,
     Branches,
     Conv,
     ConvNorm,
+    CrossAttention,
     CrossScale,
     DropPath,
     DynamicPositionBias,
@@ -27,7 +29,9 @@ from vertebra.layers import (
     PatchMerging,
     Positions,
     RelativePositionBias,
+    ResidualConv,
     SqueezeExcite,
+    TokenBlock,
     attend,
     attention_rollout,
     built_grid,
@@ -101,6 +105,20 @@ def test_attention_against_torch():
     close(layer(x), reference(x, x, x)[0])
     close(layer(x, bias), reference(x, x, x, attn_mask=bias)[0])
     assert Attention(12, 3, qkv_bias=False).qkv.bias is None
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_cross_attention_against_torch(heads):
+    torch.manual_seed(0)
+    ours, theirs = CrossAttention(8, heads), nn.MultiheadAttention(8, heads, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.kv.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.kv.bias]))
+        theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    x, context, bias = torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(5, 7)
+    y, _ = theirs(x, context, context, attn_mask=bias)
+    torch.testing.assert_close(ours(x, context, bias), y, rtol=1e-4, atol=1e-6)
+    assert CrossAttention(8, 2, qkv_bias=False).q.bias is None
 
 
 def test_recording_changes_nothing_and_ends():
@@ -409,6 +427,42 @@ def test_layer_scale():
     layer.gamma.data = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     close(layer(x), x * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     assert layer.no_decay == ("gamma",)
+
+
+def test_block_adds_each_branch_to_what_came_before():
+    attn, mlp, position = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+    block, x = Block(6, attn, mlp, eps=1e-2, scale=0.3, position=position), randn(2, 3, 4, 6, dtype=torch.float32)
+    with torch.no_grad():
+        block.norm2.weight.mul_(2)
+        block.scale2.gamma.fill_(0.7)
+    y = position(x)
+    y = y + 0.3 * attn(F.layer_norm(y, (6,), eps=1e-2))
+    y = y + 0.7 * mlp(2 * F.layer_norm(y, (6,), eps=1e-2))
+    torch.testing.assert_close(block(x), y)
+    plain = Block(6, attn, mlp)
+    assert not isinstance(plain.scale1, LayerScale) and plain.norm1.eps == 1e-5
+
+
+def test_block_drops_both_branches_in_training():
+    block, x = Block(4, nn.Linear(4, 4), nn.Linear(4, 4), drop_path=1 - 1e-9), randn(3, 5, 4, dtype=torch.float32)
+    torch.testing.assert_close(block.train()(x), x)
+    assert not torch.equal(block.eval()(x), x)
+
+
+def test_token_block_passes_the_grid_on():
+    block = TokenBlock(4, nn.Linear(4, 4), nn.Linear(4, 4))
+    plain, x = Block(4, block.attn, block.mlp), randn(2, 7, 4, dtype=torch.float32)
+    y, grid = block((x, (2, 3)))
+    torch.testing.assert_close(y, plain(x))
+    assert grid == (2, 3)
+
+
+@pytest.mark.parametrize("ndim", RANKS)
+def test_residual_conv(ndim):
+    layer, x = ResidualConv(ndim, 3), randn(2, *(5, 6, 7)[:ndim], 3, dtype=torch.float32)
+    call = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
+    y = call(x.movedim(-1, 1), layer.conv.weight, layer.conv.bias, padding=1, groups=3).movedim(1, -1)
+    torch.testing.assert_close(layer(x), x + y)
 
 
 @pytest.mark.parametrize("ndim", RANKS)

@@ -448,3 +448,13 @@ def test_tables_made_in_inference_mode_serve_training():
         adaptive_avg_pool(x.detach(), 2)
     adaptive_avg_pool(x, 2).sum().backward()
     assert x.grad.sum().item() == pytest.approx(2 * 4 * 4)
+
+
+@pytest.mark.parametrize("ndim", (1, 2))
+def test_bfloat16_convolution_of_two_channels_with_a_large_kernel(ndim):
+    torch.manual_seed(0)
+    layer, x = Conv(ndim, 2, 8, 32, 4, padding=14), torch.randn(2, *(45, 53)[:ndim], 2)
+    with torch.no_grad():
+        full = layer(x)
+        half = layer.bfloat16()(x.bfloat16()).float()
+    assert ((half - full).norm() / full.norm()).item() <= 0.02

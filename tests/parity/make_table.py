@@ -1,4 +1,4 @@
-"""Write table.json from the full goldens: python tests/parity/make_table.py (needs ../shared/golden)."""
+"""Write table.json and mixers.json from the full goldens in ../shared/golden: python tests/parity/make_table.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from figures import GOLDEN, HERE, full_arrays, names_hash, places
 
 import vertebra
+
+MIXERS = ("hydra_attention/hydra_attention_64",)
 
 
 def row(path) -> dict:
@@ -28,15 +30,21 @@ def row(path) -> dict:
     return figures | {"outputs": outputs}
 
 
+def write(name: str, table: dict) -> None:
+    """One row a line, so that a changed golden is a changed line."""
+    text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items()) + "\n}\n"
+    target = HERE / name
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, target)
+    print(f"{name}: {len(table)} rows")
+
+
 if __name__ == "__main__":
     table = {
         f"{family}/{path.stem}": row(path)
         for family in vertebra.list_families()
         for path in sorted((GOLDEN / family).glob("*.json"))
     }
-    text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items()) + "\n}\n"
-    target = HERE / "table.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, target)
-    print(f"{len(table)} rows")
+    write("table.json", table)
+    write("mixers.json", {stem: row(GOLDEN / f"{stem}.json") for stem in MIXERS})

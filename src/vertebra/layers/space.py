@@ -93,6 +93,7 @@ class Conv(nn.Module):
         single = math.prod(self.kernel) == 1 and not any(self.padding)
         self.pointwise = single and groups == 1
         self.sampled = single and math.prod(self.stride) > 1
+        self.widened = dim == 2 and groups == 1 and max(self.kernel) >= 32
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,7 +114,11 @@ class Conv(nn.Module):
             stride = (1,) * len(stride)
         if self.pointwise:
             return F.linear(x, self.weight.flatten(1), self.bias)
-        return conv(x, self.weight, self.bias, stride, self.padding, self.dilation, self.groups)
+        weight = self.weight
+        if self.widened:
+            # torch 2.15's bfloat16 convolution of two channels with kernels of 32 is wrong on AMX CPUs; three are right
+            x, weight = F.pad(x, (0, 1)), F.pad(weight, (*(0, 0) * len(stride), 0, 1))
+        return conv(x, weight, self.bias, stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         out, dim = self.weight.shape[:2]

@@ -1,0 +1,81 @@
+"""Token mixers by themselves: short ones against their formulas, and how memory grows with the map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from vertebra.mixers import HydraAttention, SeparableAttention, SpatialReductionAttention, WindowAttention
+
+SIDES = {1: (11,), 2: (5, 7), 3: (3, 4, 5)}
+
+
+@pytest.mark.parametrize("ndim", (1, 2, 3))
+def test_hydra_attention_sums_over_tokens_once_per_channel(ndim):
+    torch.manual_seed(0)
+    mixer, x = HydraAttention(6), torch.randn(2, *SIDES[ndim], 6)
+    q, k, v = mixer.qkv(x.flatten(1, -2)).chunk(3, -1)
+    out = torch.zeros_like(q)
+    for b in range(2):
+        for c in range(6):
+            whole = sum(k[b, t, c] / k[b, t].norm() * v[b, t, c] for t in range(k.shape[1]))
+            out[b, :, c] = q[b, :, c] / q[b].norm(dim=-1) * whole
+    torch.testing.assert_close(mixer(x), mixer.proj(out).reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_hydra_attention_of_a_zero_token_is_finite():
+    mixer = HydraAttention(4)
+    torch.nn.init.zeros_(mixer.qkv.bias)
+    assert mixer(torch.zeros(1, 3, 3, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("ndim", (1, 2, 3))
+def test_separable_attention_is_one_context_for_all_tokens(ndim):
+    torch.manual_seed(0)
+    mixer, x = SeparableAttention(6), torch.randn(2, *SIDES[ndim], 6)
+    rows = F.linear(x, mixer.qkv.weight, mixer.qkv.bias).flatten(1, -2)
+    weights = rows[..., 0].exp() / rows[..., 0].exp().sum(1, keepdim=True)
+    context = torch.einsum("bt,btc->bc", weights, rows[..., 1:7])
+    y = mixer.proj(rows[..., 7:].clamp(min=0) * context[:, None]).reshape(x.shape)
+    torch.testing.assert_close(mixer(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_separable_attention_along_one_axis_treats_the_others_as_a_batch():
+    torch.manual_seed(0)
+    mixer, x = SeparableAttention(6, axis=2), torch.randn(2, 4, 9, 6)
+    alone = SeparableAttention(6)
+    alone.load_state_dict(mixer.state_dict())
+    torch.testing.assert_close(mixer(x), alone(x.flatten(0, 1)).reshape(x.shape))
+
+
+def peak_bytes(call) -> int:
+    """The largest amount of memory that `call` holds at one time, from the allocator's own record."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+LINEAR = {
+    "hydra": lambda dim: HydraAttention(dim),
+    "separable": lambda dim: SeparableAttention(dim),
+    "spatial reduction": lambda dim: SpatialReductionAttention(2, dim, 2, 4),
+    "window": lambda dim: WindowAttention(2, dim, 2, 7),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_memory_grows_linearly_with_the_map(name):
+    mixer, peaks = LINEAR[name](32), []
+    with torch.no_grad():
+        for side in (28, 56):
+            x = torch.randn(1, side, side, 32)
+            peaks.append(peak_bytes(lambda x=x: mixer(x)))
+    assert 3 <= peaks[1] / peaks[0] <= 4.6  # four times the tokens; a quadratic part would push towards 16
