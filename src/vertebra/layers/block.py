@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,16 +15,17 @@ class Block(nn.Module):
     """Transformer block, norms first: x + attn(norm1 x), then x + mlp(norm2 x); (..., C) -> (..., C).
 
     Both branches have stochastic depth, and with `scale` a layer scale that starts there. `position` runs before them
-    (such as a convolution with a residual, which tells a token where it is).
+    (such as a convolution with a residual, which tells a token where it is); `norm` builds other norms than LayerNorm.
     """
 
     def __init__(
         self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, eps: float = 1e-5,
-        scale: float | None = None, position: nn.Module | None = None,
+        scale: float | None = None, position: nn.Module | None = None, norm: Callable[[int], nn.Module] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.position = position or nn.Identity()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        norm = norm or partial(nn.LayerNorm, eps=eps)
+        self.norm1, self.norm2 = norm(dim), norm(dim)
         self.attn, self.mlp = attn, mlp
         self.scale1, self.scale2 = (nn.Identity() if scale is None else LayerScale(dim, scale) for _ in range(2))
         self.drop_path = DropPath(drop_path)

@@ -114,7 +114,7 @@ class Conv(nn.Module):
             stride = (1,) * len(stride)
         if self.pointwise:
             return F.linear(x, self.weight.flatten(1), self.bias)
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.widened:
             # torch 2.15's bfloat16 convolution of two channels with kernels of 32 is wrong on AMX CPUs; three are right
             x, weight = F.pad(x, (0, 1)), F.pad(weight, (*(0, 0) * len(stride), 0, 1))

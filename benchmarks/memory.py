@@ -1,0 +1,90 @@
+"""Peak memory of each token mixer as the map grows: what the docstrings claim, measured. See README.md here."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from vertebra import mixers
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DIM, HEADS = 96, 3
+
+# mixer -> (construction, growth of memory with the number of tokens that paper and docstring claim)
+MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "spatial reduction, ratio 4": (lambda: mixers.SpatialReductionAttention(2, DIM, HEADS, 4), "linear"),
+    "spatial reduction, linear form": (lambda: mixers.SpatialReductionAttention(2, DIM, HEADS, linear=True), "linear"),
+    "window 7, shifted": (lambda: mixers.WindowAttention(2, DIM, HEADS, 7, 3), "linear"),
+    "hydra": (lambda: mixers.HydraAttention(DIM), "linear"),
+    "separable": (lambda: mixers.SeparableAttention(DIM), "linear"),
+}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that `call` holds at one time beyond what was there before, from the allocator's record."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def training_step(mixer: nn.Module, x: Tensor) -> None:
+    """Forward and backward with gradients of the input and of all parameters."""
+    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *mixer.parameters()])
+
+
+def measure(make: Callable[[], nn.Module], sides: list[int], train: bool) -> list[float]:
+    """Peak memory per map, in units of the map itself (tokens * channels * 4 bytes)."""
+    mixer, found = make().train(train), []
+    for side in sides:
+        x = torch.randn(1, side, side, DIM)
+        with torch.set_grad_enabled(train):
+            peak = peak_bytes((lambda: training_step(mixer, x)) if train else (lambda: mixer(x)))  # noqa: B023
+        found.append(peak / (x.numel() * 4))
+    return found
+
+
+def growth(sides: list[int], units: list[float]) -> float:
+    """Exponent of the peak in the number of tokens, between the last two sizes: 1 is linear, 2 quadratic."""
+    return 1 + math.log(units[-1] / units[-2]) / (2 * math.log(sides[-1] / sides[-2]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sides", type=int, nargs="+", default=[14, 28, 56, 112])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [
+        "# Memory of the token mixers",
+        "",
+        f"Peak bytes of one call on a map (1, side, side, {DIM}), divided by the bytes of that map; float32, CPU, torch",
+        f"{torch.__version__}. The last column is the exponent in the number of tokens between the two largest maps:",
+        "1 is linear, 2 quadratic.",
+        "",
+        "| mixer | pass | " + " | ".join(f"{s} x {s}" for s in args.sides) + " | claimed | exponent |",
+        "|---|---|" + "---|" * len(args.sides) + "---|---|",
+    ]
+    for name, (make, claim) in MIXERS.items():
+        for train in (False, True):
+            units = measure(make, args.sides, train)
+            cells = " | ".join(f"{u:.1f}" for u in units)
+            what = "forward and backward" if train else "forward"
+            lines.append(f"| {name} | {what} | {cells} | {claim} | {growth(args.sides, units):.2f} |")
+            print(lines[-1], flush=True)
+    target = RESULTS / f"memory_{datetime.date.today()}.md"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, target)
