@@ -70,8 +70,8 @@ if __name__ == "__main__":
     lines = [
         "# Memory of the token mixers",
         "",
-        f"Peak bytes of one call on a map (1, side, side, {DIM}), divided by the bytes of that map; float32, CPU, torch",
-        f"{torch.__version__}. The last column is the exponent in the number of tokens between the two largest maps:",
+        f"Peak bytes of one call on a map (1, side, side, {DIM}), divided by the bytes of that map; float32, CPU,",
+        f"torch {torch.__version__}. The last column is the exponent in the number of tokens between the two largest maps:",
         "1 is linear, 2 quadratic.",
         "",
         "| mixer | pass | " + " | ".join(f"{s} x {s}" for s in args.sides) + " | claimed | exponent |",

@@ -577,6 +577,20 @@ def test_branches_fuse(ndim, kernels, stride, groups, identity):
     assert relative_error(exact.fuse()(x.double()), exact(x.double())) < 1e-13
 
 
+@pytest.mark.parametrize("ndim", RANKS)
+def test_dilated_branches_fuse(ndim):
+    kernels = {"origin": 7, "near": (5, 1), "wide": (3, 2), "widest": (3, 3)}
+    layer = Branches(ndim, 4, 4, kernels, groups=4)
+    for norm in [m for m in layer.modules() if isinstance(m, BatchNorm)]:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    x = randn(2, *(11, 9, 8)[:ndim], 4, dtype=torch.float32)
+    with torch.no_grad():
+        before, fused = layer.eval()(x), layer.fuse()
+        assert isinstance(fused, Conv) and fused.kernel == (7,) * ndim
+        torch.testing.assert_close(fused(x), before, rtol=1e-5, atol=1e-5)
+
+
 def test_branches_train_every_branch():
     layer = Branches(2, 4, 4, {"large": 3, "small": 1}, identity=True).double()
     layer(randn(2, 5, 5, 4)).pow(2).sum().backward()

@@ -10,8 +10,8 @@ from .attention import (
     record_attention,
     split_heads,
 )
-from .block import Block, TokenBlock
-from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite
+from .block import Block, GridBlock, TokenBlock
+from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite, init_fan_out
 from .drop import DropPath, LayerScale, drop_path_rates
 from .embed import CrossScale, PatchEmbed, PatchMerging
 from .mlp import Mlp
@@ -31,6 +31,7 @@ from .space import (
     pad_to,
     resize,
     space_to_depth,
+    unfold,
 )
 from .window import Windows, windows
 
@@ -46,6 +47,7 @@ __all__ = [
     "CrossScale",
     "DropPath",
     "DynamicPositionBias",
+    "GridBlock",
     "GroupNorm",
     "InvertedResidual",
     "LayerScale",
@@ -67,6 +69,7 @@ __all__ = [
     "crop",
     "drop_path_rates",
     "grid_sample",
+    "init_fan_out",
     "max_pool",
     "merge_heads",
     "ntuple",
@@ -77,5 +80,6 @@ __all__ = [
     "sincos",
     "space_to_depth",
     "split_heads",
+    "unfold",
     "windows",
 ]

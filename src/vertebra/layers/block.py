@@ -41,3 +41,12 @@ class TokenBlock(Block):
 
     def forward(self, state: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
         return super().forward(state[0]), state[1]
+
+
+class GridBlock(Block):
+    """The same for attention that asks where its patches lie: attn(tokens, grid)."""
+
+    def forward(self, state: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
+        x, grid = state
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), grid)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x)))), grid

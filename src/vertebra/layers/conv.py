@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from .drop import DropPath
@@ -81,3 +83,13 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.squeeze(self.depthwise(self.expand(x))))
         return x + self.drop_path(y) if self.residual else y
+
+
+def init_fan_out(module: nn.Module) -> None:
+    """Every convolution in `module` normal with variance 2 / fan out and without bias: PVT's and its descendants' rule."""
+    for part in module.modules():
+        if isinstance(part, Conv):
+            fan_out = math.prod(part.kernel) * part.weight.shape[0] // part.groups
+            nn.init.normal_(part.weight, std=math.sqrt(2 / fan_out))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -19,7 +19,7 @@ def _convolution(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
     """A convolution with the geometry of `like`, a bias, and these weights."""
     ndim = weight.ndim - 2
     out, dim = weight.shape[0], weight.shape[1] * like.groups
-    merged = Conv(ndim, dim, out, tuple(weight.shape[2:]), like.stride, like.padding, like.dilation, like.groups)
+    merged = type(like)(ndim, dim, out, tuple(weight.shape[2:]), like.stride, like.padding, like.dilation, like.groups)
     merged.to(device=like.weight.device, dtype=like.weight.dtype).train(like.training)
     with torch.no_grad():
         merged.weight.copy_(weight)
@@ -32,19 +32,31 @@ def fold(conv: Conv, norm: BatchNorm) -> Conv:
     return _convolution(conv, *folded(conv.weight, conv.bias, norm))
 
 
+def dense(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
+    """A dilated kernel as the equal plain one: zeros between its taps (UniRepLKNet, arXiv 2311.15599, section 3.1)."""
+    sizes = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    wide = weight.new_zeros(*weight.shape[:2], *sizes)
+    wide[(slice(None), slice(None), *(slice(None, None, d) for d in dilation))] = weight
+    return wide
+
+
 class Branches(nn.Module):
     """Sum of conv + batch norm branches and an optional batch-norm identity: (B, *S, dim) -> (B, *S', out).
 
-    `kernels` names each branch and gives its kernel size; the first is the largest and sets the geometry, smaller ones
-    are centred on it. `fuse` returns the one convolution that computes the same.
+    `kernels` names each branch and gives its kernel size, or kernel size and dilation; the first is the largest and
+    sets the geometry, smaller ones are centred on it. `fuse` returns the one convolution that computes the same.
     """
 
-    def __init__(self, ndim, dim, out, kernels: dict[str, int], stride=1, groups=1, identity: bool = False, eps=1e-5):
+    def __init__(
+        self, ndim, dim, out, kernels: dict[str, int | tuple[int, int]], stride=1, groups=1, identity: bool = False,
+        eps=1e-5,
+    ):  # fmt: skip
         super().__init__()
         self.names = tuple(kernels)
-        for name, kernel in kernels.items():
+        for name, size in kernels.items():
+            kernel, dilation = size if isinstance(size, tuple) else (size, 1)
             branch = nn.Module()
-            branch.conv = Conv(ndim, dim, out, kernel, stride, groups=groups, bias=False)
+            branch.conv = Conv(ndim, dim, out, kernel, stride, dilation=dilation, groups=groups, bias=False)
             branch.norm = BatchNorm(out, eps=eps)
             self.add_module(name, branch)
         if identity and (dim != out or stride != 1):
@@ -70,6 +82,7 @@ class Branches(nn.Module):
         for name in self.names:
             branch = getattr(self, name)
             w, b = folded(branch.conv.weight, branch.conv.bias, branch.norm)
+            w = dense(w, branch.conv.dilation)
             inner = tuple(slice(c - k // 2, c - k // 2 + k) for c, k in zip(centre, w.shape[2:], strict=True))
             weight[(slice(None), slice(None), *inner)] += w
             bias += b

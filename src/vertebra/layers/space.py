@@ -255,6 +255,20 @@ def crop(x: Tensor, sides: Sequence[int]) -> Tensor:
     return x[(slice(None), *(slice(0, s) for s in sides))]
 
 
+def unfold(x: Tensor, kernel: Sizes, stride: Sizes = 1, padding: Sizes = 0) -> Tensor:
+    """The window of `kernel` cells at every step as one row: (B, *S, C) -> (B, *S', C * prod(kernel)).
+
+    A row runs channel by channel, row-major inside each, as the columns of torch's ``Unfold``. Zeros are padded.
+    """
+    batch, *sides, dim = x.shape
+    ndim = len(sides)
+    kernel, stride, padding = (ntuple(v, ndim) for v in (kernel, stride, padding))
+    x = F.pad(x, [0, 0, *(p for p in reversed(padding) for _ in range(2))])
+    for axis, (size, step) in enumerate(zip(kernel, stride, strict=True), start=1):
+        x = x.unfold(axis, size, step)  # a view; the window's axis comes last
+    return x.reshape(batch, *x.shape[1 : ndim + 1], dim * math.prod(kernel))
+
+
 def grid_sample(x: Tensor, grid: Tensor, mode: str = "linear", padding_mode: str = "zeros") -> Tensor:
     """Values of (B, *S, C) at `grid` (B, *S', ndim) -> (B, *S', C).
 
