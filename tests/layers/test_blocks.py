@@ -25,6 +25,7 @@ from vertebra.layers import (
     InvertedResidual,
     LayerScale,
     Mlp,
+    NextBlock,
     PatchEmbed,
     PatchMerging,
     Positions,
@@ -35,8 +36,10 @@ from vertebra.layers import (
     attend,
     attention_rollout,
     built_grid,
+    channel_shuffle,
     check_heads,
     drop_path_rates,
+    make_divisible,
     merge_heads,
     record_attention,
     relative_index,
@@ -603,3 +606,33 @@ def test_identity_branch_needs_equal_shapes():
         Branches(2, 4, 8, {"large": 3}, identity=True)
     with pytest.raises(ValueError, match="got 4 -> 4, stride 2"):
         Branches(2, 4, 4, {"large": 3}, 2, identity=True)
+
+
+def test_next_block_has_one_residual():
+    mixer, norm, mlp = nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 5)
+    block, x = NextBlock(5, mixer, norm, mlp, scale=0.25), randn(2, 3, 5, dtype=torch.float32)
+    torch.testing.assert_close(block(x), x + 0.25 * mlp(norm(mixer(x))))
+    assert not isinstance(NextBlock(5, mixer, norm, mlp).scale, LayerScale)
+
+
+@pytest.mark.parametrize(("value", "rounded"), [(3, 8), (8.8, 8), (12, 16), (33, 32), (35, 32), (36, 40)])
+def test_make_divisible(value, rounded):
+    assert make_divisible(value) == rounded
+
+
+def test_make_divisible_never_takes_away_a_tenth():
+    assert make_divisible(10) == 16  # 8 would be 0.8 of it
+
+
+def test_channel_shuffle_deals_groups_out():
+    x = torch.arange(12.0).reshape(1, 12)
+    assert channel_shuffle(x, 3)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert torch.equal(channel_shuffle(channel_shuffle(x, 3), 4), x)
+
+
+def test_conv_norm_with_the_activation_first_cannot_be_folded():
+    layer, x = ConvNorm(2, 3, 4, 3, act=nn.GELU, act_first=True), randn(2, 5, 6, 3, dtype=torch.float32)
+    layer.norm.running_mean.uniform_(-1, 1), layer.norm.running_var.uniform_(0.5, 2)
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer.norm(F.gelu(layer.conv(x))))
+    assert layer.fuse(published=False) is layer and isinstance(layer.norm, BatchNorm)

@@ -10,8 +10,8 @@ from .attention import (
     record_attention,
     split_heads,
 )
-from .block import Block, GridBlock, TokenBlock
-from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite, init_fan_out
+from .block import Block, GridBlock, NextBlock, TokenBlock
+from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite, channel_shuffle, init_fan_out, make_divisible
 from .drop import DropPath, LayerScale, drop_path_rates
 from .embed import CrossScale, PatchEmbed, PatchMerging
 from .mlp import Mlp
@@ -33,7 +33,7 @@ from .space import (
     space_to_depth,
     unfold,
 )
-from .window import Windows, windows
+from .window import Tiles, Windows, tile_side, tiles, windows
 
 __all__ = [
     "Attention",
@@ -52,12 +52,14 @@ __all__ = [
     "InvertedResidual",
     "LayerScale",
     "Mlp",
+    "NextBlock",
     "PatchEmbed",
     "PatchMerging",
     "Positions",
     "RelativePositionBias",
     "ResidualConv",
     "SqueezeExcite",
+    "Tiles",
     "TokenBlock",
     "Windows",
     "adaptive_avg_pool",
@@ -65,11 +67,13 @@ __all__ = [
     "attention_rollout",
     "avg_pool",
     "built_grid",
+    "channel_shuffle",
     "check_heads",
     "crop",
     "drop_path_rates",
     "grid_sample",
     "init_fan_out",
+    "make_divisible",
     "max_pool",
     "merge_heads",
     "ntuple",
@@ -80,6 +84,8 @@ __all__ = [
     "sincos",
     "space_to_depth",
     "split_heads",
+    "tile_side",
+    "tiles",
     "unfold",
     "windows",
 ]

@@ -36,6 +36,25 @@ class Block(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
+class NextBlock(nn.Module):
+    """x + mlp(norm(mixer x)): one residual around token mixer and MLP; (B, *S, C) -> (B, *S, C).
+
+    The block of ConvNeXt (arXiv 2201.03545, Fig. 4), which InceptionNeXt calls MetaNeXt. `scale` starts a layer scale.
+    """
+
+    def __init__(
+        self, dim: int, mixer: nn.Module, norm: nn.Module, mlp: nn.Module, drop_path: float = 0.0,
+        scale: float | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.mixer, self.norm, self.mlp = mixer, norm, mlp
+        self.scale = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.scale(self.mlp(self.norm(self.mixer(x)))))
+
+
 class TokenBlock(Block):
     """The same over a state (tokens (B, P + N, C), grid of the N patches), for attention that never asks for places."""
 
@@ -47,6 +66,6 @@ class GridBlock(Block):
     """The same for attention that asks where its patches lie: attn(tokens, grid)."""
 
     def forward(self, state: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
-        x, grid = state
+        x, grid = self.position(state[0]), state[1]
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), grid)))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x)))), grid

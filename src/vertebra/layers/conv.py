@@ -11,30 +11,47 @@ from .reparam import fold
 from .space import BatchNorm, Conv
 
 
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """The multiple of `divisor` nearest to `value`, at least one of them and never below 0.9 of it (MobileNet)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Deal the channels of (..., C) out like cards: output i * groups + j is input j * C / groups + i.
+
+    ShuffleNet (arXiv 1707.01083, Fig. 1), so that the next grouped convolution sees every group.
+    """
+    return x.unflatten(-1, (groups, x.shape[-1] // groups)).transpose(-1, -2).flatten(-2)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, activation: (B, *S, dim) -> (B, *S', out).
 
+    `act_first` puts the activation before the norm, which then cannot be folded into the convolution.
     `keep` marks a batch norm that the paper's own deployed network leaves in place: `vertebra.fuse` folds it only when
     asked for more than the published structure.
     """
 
     def __init__(
         self, ndim, dim, out, kernel=1, stride=1, padding=None, dilation=1, groups=1,
-        act=None, bias=False, eps=1e-5, keep=True,
+        act=None, bias=False, eps=1e-5, keep=True, act_first=False,
     ):  # fmt: skip
         super().__init__()
         self.conv = Conv(ndim, dim, out, kernel, stride, padding, dilation, groups, bias)
         self.norm = BatchNorm(out, eps=eps)
         # a batch norm does not need its output for the gradient, so the activation may overwrite it
-        self.act = nn.Identity() if act is None else act(inplace=True) if act in (nn.ReLU, nn.ReLU6) else act()
-        self.keep = keep
+        inplace = act in (nn.ReLU, nn.ReLU6) and not act_first
+        self.act = nn.Identity() if act is None else act(inplace=True) if inplace else act()
+        self.keep, self.act_first = keep, act_first
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        x = self.conv(x)
+        return self.norm(self.act(x)) if self.act_first else self.act(self.norm(x))
 
     def fuse(self, published: bool = True) -> nn.Module:
         """The same map with the norm folded into the convolution (itself, where the norm is to stay)."""
-        if isinstance(self.norm, nn.Identity) or (published and self.keep):
+        if isinstance(self.norm, nn.Identity) or self.act_first or (published and self.keep):
             return self
         self.conv, self.norm = fold(self.conv, self.norm), nn.Identity().train(self.training)
         return self

@@ -183,6 +183,9 @@ def avg_pool(
     x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0, count_include_pad: bool = True
 ) -> Tensor:
     """Mean over windows. (B, *S, C) -> (B, *S', C)."""
+    if x.ndim == 5 and padding and count_include_pad:  # torch's 3-D kernel refuses a map smaller than the window
+        x = F.pad(x, [0, 0, *(p for p in reversed(ntuple(padding, 3, "padding")) for _ in range(2))])
+        padding = 0
     return _pool(_AVG_POOL, x, kernel, stride, padding, count_include_pad=count_include_pad)
 
 
@@ -207,10 +210,13 @@ def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
     return x
 
 
-def resize(x: Tensor, size: Sizes, mode: str = "linear", antialias: bool = False) -> Tensor:
+def resize(
+    x: Tensor, size: Sizes, mode: str = "linear", antialias: bool = False, align_corners: bool = False
+) -> Tensor:
     """Resample (B, *S, C) to (B, *size, C); `mode` nearest, linear or cubic.
 
-    Half-pixel centres, but for nearest, which reads cell floor(i * old / new) as torch's "nearest" does.
+    Half-pixel centres, but for nearest, which reads cell floor(i * old / new) as torch's "nearest" does, and with
+    `align_corners` (linear and cubic), which puts the first and last cells of both grids on each other.
 
     Identity at equal size. torch has cubic and antialiased kernels at rank 2 only, but both are separable: other ranks
     go axis by axis.
@@ -222,16 +228,18 @@ def resize(x: Tensor, size: Sizes, mode: str = "linear", antialias: bool = False
     if not tracing() and tuple(x.shape[1:-1]) == tuple(size):
         return x
     if ndim == 1:
-        return resize(_rank2(x), (1, *size), mode, antialias).squeeze(1)
+        return resize(_rank2(x), (1, *size), mode, antialias, align_corners).squeeze(1)
     if mode == "nearest":
         return channels_last(F.interpolate(channels_first(x), size=size, mode="nearest"))
     if ndim == 2:
         name = {"linear": "bilinear", "cubic": "bicubic"}[mode]
-        y = F.interpolate(channels_first(x), size=size, mode=name, align_corners=False, antialias=antialias)
+        if antialias and x.dtype in (torch.bfloat16, torch.float16):  # torch's antialiased CPU kernels lack both
+            return resize(x.float(), size, mode, antialias).to(x.dtype)
+        y = F.interpolate(channels_first(x), size=size, mode=name, align_corners=align_corners, antialias=antialias)
         return channels_last(y)
     first, *rest = size
-    plane = resize(x.flatten(0, 1), rest, mode, antialias).unflatten(0, x.shape[:2])
-    line = resize(plane.flatten(2), (first,), mode, antialias)
+    plane = resize(x.flatten(0, 1), rest, mode, antialias, align_corners).unflatten(0, x.shape[:2])
+    line = resize(plane.flatten(2), (first,), mode, antialias, align_corners)
     return line.unflatten(2, plane.shape[2:])
 
 

@@ -1,8 +1,47 @@
 """Token mixers that stand alone, one signature: module(x: (B, *S, C)) -> (B, *S, C)."""
 
+from .agent import AgentAttention
+from .bilevel_routing import BiLevelRoutingAttention
+from .conv_projection import ConvProjectionAttention
+from .cross_shaped import CrossShapedAttention
+from .deformable_attention import DeformableAttention
+from .dilated_attention import DilatedAttention
+from .focal import FocalAttention, FocalFastAttention
+from .global_window import GlobalWindowAttention
 from .hydra import HydraAttention
+from .messenger import MessengerAttention
+from .multi_axis import BlockAttention, GridAttention, KeyOffsetBias
+from .neighborhood_attention import NeighborhoodAttention
+from .performer import PerformerAttention
 from .separable_attention import SeparableAttention
+from .shunted import LocalEnhancedAttention, ShuntedAttention
 from .spatial_reduction import SpatialReductionAttention
+from .super_token import SuperTokenAttention
+from .token_mlp import TokenMlp
 from .window_attention import WindowAttention
 
-__all__ = ["HydraAttention", "SeparableAttention", "SpatialReductionAttention", "WindowAttention"]
+__all__ = [
+    "AgentAttention",
+    "BiLevelRoutingAttention",
+    "BlockAttention",
+    "ConvProjectionAttention",
+    "CrossShapedAttention",
+    "DeformableAttention",
+    "DilatedAttention",
+    "FocalAttention",
+    "FocalFastAttention",
+    "GlobalWindowAttention",
+    "GridAttention",
+    "HydraAttention",
+    "KeyOffsetBias",
+    "LocalEnhancedAttention",
+    "MessengerAttention",
+    "NeighborhoodAttention",
+    "PerformerAttention",
+    "SeparableAttention",
+    "ShuntedAttention",
+    "SpatialReductionAttention",
+    "SuperTokenAttention",
+    "TokenMlp",
+    "WindowAttention",
+]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from ..layers import Attention, RelativePositionBias, windows
+from ..layers import Attention, RelativePositionBias, ntuple, windows
 
 
 class WindowAttention(Attention):
@@ -16,11 +18,11 @@ class WindowAttention(Attention):
     """
 
     def __init__(
-        self, ndim: int, dim: int, heads: int, window: int = 7, shift: int = 0, mask_keys: bool = False,
-        position: bool = True,
+        self, ndim: int, dim: int, heads: int, window: int | Sequence[int] = 7, shift: int = 0,
+        mask_keys: bool = False, position: bool = True,
     ):  # fmt: skip
         super().__init__(dim, heads)
-        self.window, self.shift, self.mask_keys = (window,) * ndim, (shift,) * ndim, mask_keys
+        self.window, self.shift, self.mask_keys = ntuple(window, ndim, "window"), (shift,) * ndim, mask_keys
         self.pos = RelativePositionBias(self.window, heads) if position else None
 
     def forward(self, x: Tensor) -> Tensor:

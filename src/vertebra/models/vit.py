@@ -18,12 +18,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
-from ..layers import Attention, Mlp, PatchEmbed, Positions, TokenBlock, built_grid, drop_path_rates
+from ..backbone import Backbone, Rules, Stage
+from ..layers import Attention, Mlp, PatchEmbed, Positions, TokenBlock, built_grid, drop_path_rates, ntuple
 from ..registry import Family, Inputs, Variant, Weights
 
 EPS = 1e-6
 State = tuple[Tensor, tuple[int, ...]]  # tokens (B, P + N, C) with P prefix tokens, and the grid of the N patches
+
+
+def four_taps(depth: int) -> tuple[int, ...]:
+    """Four blocks spread evenly over the depth, the last among them."""
+    return tuple(sorted({max(depth * k // 4 - 1, 0) for k in (1, 2, 3, 4)}))
 
 
 class VisionTransformer(Backbone):
@@ -34,7 +39,8 @@ class VisionTransformer(Backbone):
     mean over the patches, normed after pooling. The dense version (four taps, evenly spaced) gives raw maps.
 
     Class attributes for descendants: `prefix` names the prefix tokens in their order; `load_antialias` is the rule for
-    a table of another grid in a checkpoint.
+    a table of another grid in a checkpoint; `eps` that of every layer norm. Methods for them: `make_stem`,
+    `make_positions`, `make_block`.
     """
 
     tokens = True
@@ -42,6 +48,7 @@ class VisionTransformer(Backbone):
     prefix_std: ClassVar[float] = 1e-6
     pools: ClassVar[tuple[str, ...]] = ("token", "avg")
     load_antialias: ClassVar[bool] = True
+    eps: ClassVar[float] = EPS
     no_decay = prefix
     OFFICIAL = ((r"^pos_embed\.table$", "pos_embed"), (r"^stages\.(\d+)\.blocks\.0\.", r"blocks.\1."))
 
@@ -59,28 +66,38 @@ class VisionTransformer(Backbone):
         **contract: Any,
     ):
         super().__init__(**contract)
-        ndim, in_chans = self.ndim, self.in_chans
         if global_pool not in self.pools:
             raise ValueError(f"global_pool must be one of {', '.join(self.pools)}, got {global_pool!r}")
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.global_pool = global_pool
-        self.patch_embed = PatchEmbed(ndim, in_chans, dim, patch, pad=True)
+        self.patch_embed = self.make_stem(dim, patch)
         for name in self.prefix:
             setattr(self, name, nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=self.prefix_std)))
-        self.pos_embed = Positions(
-            dim, built_grid(img_size, ndim, patch), len(self.prefix), load_antialias=self.load_antialias
-        )
+        self.pos_embed = self.make_positions(dim, ntuple(img_size, self.ndim, "img_size"), patch)
         (rates,) = drop_path_rates(drop_path_rate, [depth])
-        blocks = [TokenBlock(dim, Attention(dim, heads), Mlp(dim, int(dim * mlp_ratio)), rate, EPS) for rate in rates]
-        self.stages = nn.ModuleList(Stage([block]) for block in blocks)
+        hidden = int(dim * mlp_ratio)
+        self.stages = nn.ModuleList(Stage([self.make_block(dim, heads, hidden, rate)]) for rate in rates)
         if self.features_only:
-            self.default_indices = tuple(sorted({max(depth * k // 4 - 1, 0) for k in (1, 2, 3, 4)}))
+            self.default_indices = four_taps(depth)
         self.describe([dim] * depth, [patch] * depth)
         if not self.features_only:
-            self.add_module("norm" if global_pool == "token" else "fc_norm", nn.LayerNorm(dim, eps=EPS))
+            self.add_module("norm" if global_pool == "token" else "fc_norm", nn.LayerNorm(dim, eps=self.eps))
         self.make_head()
         self.init_weights()
+
+    def make_stem(self, dim: int, patch: int) -> nn.Module:
+        """Image (B, *S, in_chans) -> patches (B, *grid, dim)."""
+        return PatchEmbed(self.ndim, self.in_chans, dim, patch, pad=True)
+
+    def make_positions(self, dim: int, img_size: tuple[int, ...], patch: int) -> Positions:
+        """The table of positions for the patches of an image of `img_size`."""
+        grid = built_grid(img_size, self.ndim, patch)
+        return Positions(dim, grid, len(self.prefix), load_antialias=self.load_antialias)
+
+    def make_block(self, dim: int, heads: int, hidden: int, drop_path: float) -> nn.Module:
+        """One block of the encoder, state to state; `hidden` is the width inside the MLP."""
+        return TokenBlock(dim, Attention(dim, heads), Mlp(dim, hidden), drop_path, self.eps)
 
     def embed(self, x: Tensor) -> State:
         patches = self.patch_embed(x)
@@ -117,20 +134,18 @@ _JAX = (  # names of the JAX files, in order; big_vision numbers the parts of a 
     (r"attn\.out/", "attn.proj."),
     (r"MlpBlock_[013]/Dense_0/", "mlp.fc1."),
     (r"MlpBlock_[013]/Dense_1/", "mlp.fc2."),
-    (r"/", "."),
-    (r"\.(kernel|scale)$", ".weight"),
 )
 
 
-def from_jax(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The arrays of an official JAX file under PyTorch names and in PyTorch's layouts.
+def from_jax(state: dict[str, Tensor], names: Rules = _JAX) -> dict[str, Tensor]:
+    """The arrays of an official JAX file under PyTorch names (by the rules `names`) and in PyTorch's layouts.
 
     Kernels are (*K, in, out) there, attention's (dim, heads, D) and for the output (heads, D, dim).
     """
     found: dict[str, Any] = {}
     for name, tensor in state.items():
         kernel = name.endswith("/kernel")
-        for pattern, replacement in _JAX:
+        for pattern, replacement in (*names, (r"/", "."), (r"\.(kernel|scale)$", ".weight")):
             name = re.sub(pattern, replacement, name)
         if ".attn.proj." in name:
             tensor = tensor.flatten(0, 1).T if kernel else tensor

@@ -1,0 +1,49 @@
+"""Neighbourhood attention (NAT, arXiv 2204.07143, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import Attention, crop, merge_heads, split_heads, tile_side, tiles
+from ..layers.cached import tracing
+
+
+def pad_least(x: Tensor, side: int) -> Tensor:
+    """Zeros at the end of each axis of (B, *S, C) that has fewer than `side` cells."""
+    least = torch.sym_max if tracing() else max  # a comparison of symbolic sizes would become a guard
+    pads = [least(side - s, 0) for s in x.shape[1:-1]]
+    if not tracing() and not any(pads):
+        return x
+    return F.pad(x, [0, 0, *(v for p in reversed(pads) for v in (0, p))])
+
+
+class NeighborhoodAttention(Attention):
+    """Attention to the `kernel` cells per axis around each cell, with a relative position bias: (B, *S, C) likewise.
+
+    At the map's edges the window moves inwards, so that every cell has kernel^ndim keys (eq. 1 to 3); a map smaller
+    than a window is filled with zeros to one, which take part as keys. `rpb` (heads, *(2 kernel - 1,) * ndim) is
+    read at key minus query. Time and memory grow linearly with the map: tiles of cells share their keys, so that keys
+    and values are copied (1 + (kernel - 1) / tile)^ndim times (3.4 for kernel 7 in 2-D), not kernel^ndim times; the
+    bias is (tile + kernel - 1)^ndim numbers per cell and head, once for the whole batch.
+    """
+
+    no_decay = ("rpb",)
+
+    def __init__(self, ndim: int, dim: int, heads: int, kernel: int = 7, qkv_bias: bool = True):
+        super().__init__(dim, heads, qkv_bias)
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"a neighbourhood is centred on its cell: kernel must be odd, got {kernel}")
+        self.ndim, self.kernel = ndim, kernel
+        self.rpb = nn.Parameter(torch.empty(heads, *(2 * kernel - 1,) * ndim))
+        nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides, ndim, kernel = x.shape[1:-1], self.ndim, self.kernel
+        x = pad_least(x, kernel)
+        filled, tile = tuple(x.shape[1:-1]), (tile_side(ndim, kernel),) * ndim
+        near = tiles(filled, tile, (kernel,) * ndim, clamped=True, device=x.device)
+        q, k, v = split_heads(self.qkv(x).flatten(1, -2), self.heads, 3)
+        y = merge_heads(near.attend(q, k, v, near.bias(self.heads, self.rpb.flatten(1))))
+        return self.proj(crop(y.reshape(x.shape), sides))
