@@ -73,7 +73,7 @@ MORE = {
     "stvit_deit": ("stvit_deit_tiny", dict(dim=48, depth=4, heads=3, keep=1)),
     "pvt_v1": ("pvt_tiny", dict(dims=(16, 32, 40, 64), depths=(1, 1, 2, 1))),
     "biformer_nchw": ("biformer_stl_nchw", dict(dims=(32, 32, 64, 64), depths=(1, 1, 2, 1))),
-    "dat_pp": ("dat_pp_tiny", dict(dims=(16, 32, 48, 64), depths=(2, 1, 2, 1), heads=(2, 2, 3, 4), groups=(1, 2, 3, 2))),
+    "dat_pp": ("dat_pp_tiny", dict(dims=(8, 16, 24, 32), depths=(2, 1, 2, 1), heads=(2, 2, 3, 4), groups=(1, 2, 3, 2))),
 }
 NETS = SMALL | MORE
 NO_DENSE = {"cf_vit", "cf_lvvit", "stvit_swin", "stvit_deit"}  # their idea leaves no dense version

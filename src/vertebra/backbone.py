@@ -15,6 +15,19 @@ from .layers.space import BatchNorm, channels_first
 Rules = Sequence[tuple[str, str | Callable]]
 
 
+def plus_one(match) -> str:
+    """The number in the first group, counted from one: official names often do."""
+    return str(int(match[1]) + 1)
+
+
+def conv_norms(ours: str, theirs: str, step: int = 3) -> tuple[str, Callable]:
+    """The rule for a sequence `ours` of convolutions with norms that officially lies flat in a sequence `theirs`.
+
+    `step` official entries (convolution, norm, activation) make up one of ours.
+    """
+    return rf"^{ours}\.(\d+)\.(conv|norm)\.", lambda m: f"{theirs}.{step * int(m[1]) + (m[2] == 'norm')}."
+
+
 @contextlib.contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms of `module` leave their running statistics alone: a recomputed forward must not count twice.

@@ -73,7 +73,14 @@ def official(w, x, heads, grid, depth):
 
 @pytest.mark.parametrize(
     ("sides", "grid"),
-    [((64, 64), (4, 4)), ((32, 80), (2, 5)), ((45, 71), (3, 4)), ((16, 17), (1, 1)), ((90,), (5,)), ((16, 33, 48), (1, 2, 3))],
+    [
+        ((64, 64), (4, 4)),
+        ((32, 80), (2, 5)),
+        ((45, 71), (3, 4)),
+        ((16, 17), (1, 1)),
+        ((90,), (5,)),
+        ((16, 33, 48), (1, 2, 3)),
+    ],
 )
 def test_equals_the_steps_written_out(sides, grid):
     model = small(ndim=len(sides), img_size=sides)

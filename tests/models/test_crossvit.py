@@ -34,7 +34,8 @@ def theirs_as_official(state):
 
 
 @pytest.mark.parametrize(
-    ("name", "sides"), [("crossvit_9_224", (224, 224)), ("crossvit_9_dagger_224", (240, 240)), ("crossvit_9_224", (200, 312))]
+    ("name", "sides"),
+    [("crossvit_9_224", (224, 224)), ("crossvit_9_dagger_224", (240, 240)), ("crossvit_9_224", (200, 312))],
 )
 def test_equals_timm(name, sides):
     theirs = fill(timm.create_model(NAMES[name], depth=[[1, 2, 0]] * 2, num_classes=7))
@@ -150,9 +151,7 @@ def test_published_configurations():
 
 def test_dagger_stems_make_whole_patches():
     model = narrow()
-    for stem, strides, paddings in zip(
-        model.patch_embed, ((4, 3, 1), (4, 2, 2)), ((3, 0, 1), (3, 1, 1)), strict=True
-    ):
+    for stem, strides, paddings in zip(model.patch_embed, ((4, 3, 1), (4, 2, 2)), ((3, 0, 1), (3, 1, 1)), strict=True):
         convs = [m for m in stem.proj if hasattr(m, "kernel")]
         assert [c.stride[0] for c in convs] == list(strides)
         assert [c.padding[0] for c in convs] == list(paddings)
@@ -161,7 +160,10 @@ def test_dagger_stems_make_whole_patches():
 def test_drop_path_grows_over_the_longer_branch():
     model = narrow(drop_path_rate=0.3)
     rates = [
-        ([[b.drop_path.rate for b in branch] for branch in s.blocks[0].branches], s.blocks[0].exchanges[0].drop_path.rate)
+        (
+            [[b.drop_path.rate for b in branch] for branch in s.blocks[0].branches],
+            s.blocks[0].exchanges[0].drop_path.rate,
+        )
         for s in model.stages
     ]
     first, last = (pytest.approx(v) for v in ([0.0, 0.1], [0.2, 0.3]))

@@ -18,7 +18,7 @@ def wake(module):
     """Statistics of batch norms too, and logits that are not flat."""
     fill(module)
     with torch.no_grad():
-        for name, p in module.named_parameters():
+        for p in module.parameters():
             if p.ndim > 1:
                 p.normal_(std=0.4)
         for name, b in module.named_buffers():

@@ -188,7 +188,10 @@ def test_published_facts():
 def test_fresh_weights_keep_the_scale_of_their_inputs():
     torch.manual_seed(0)
     model = vertebra.create_model(NAME, depth=1)
-    for weight in (model.stem.proj.weight, *(p for n, p in model.stages.named_parameters() if n.endswith("fc1.weight"))):
+    for weight in (
+        model.stem.proj.weight,
+        *(p for n, p in model.stages.named_parameters() if n.endswith("fc1.weight")),
+    ):
         assert weight.std().item() * weight[0].numel() ** 0.5 == pytest.approx(1, abs=0.02)
 
 

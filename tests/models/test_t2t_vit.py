@@ -204,7 +204,9 @@ def test_performer_layers_drop_out_in_training_only(name, expected):
 def test_official_names():
     performer, soft = (set(vertebra.to_official(small(n))) for n in (NAME, SOFT))
     first = "tokens_to_token.attention1."
-    assert {f"{first}{n}" for n in ("w", "kqv.bias", "proj.weight", "norm1.bias", "mlp.0.weight", "mlp.2.bias")} <= performer
+    assert {
+        f"{first}{n}" for n in ("w", "kqv.bias", "proj.weight", "norm1.bias", "mlp.0.weight", "mlp.2.bias")
+    } <= performer
     assert {f"{first}{n}" for n in ("attn.qkv.weight", "attn.proj.bias", "mlp.fc1.weight", "mlp.fc2.bias")} <= soft
     assert {"pos_embed", "cls_token", "tokens_to_token.project.weight", "blocks.1.mlp.fc1.weight"} <= performer & soft
     assert f"{first}attn.qkv.bias" not in soft and "blocks.0.attn.qkv.bias" not in performer
@@ -224,7 +226,9 @@ def test_published_facts():
         assert isinstance(first.attn, ValueAttention if "_t_" in name else PerformerAttention)
         assert first.norm1.normalized_shape == (147,) and model.patch_embed.attention2.norm1.normalized_shape == (576,)
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in vertebra.create_model("t2t_vit_12", img_size=s).parameters()) for s in (224, 256)]
+        counts = [
+            sum(p.numel() for p in vertebra.create_model("t2t_vit_12", img_size=s).parameters()) for s in (224, 256)
+        ]
     assert counts[1] - counts[0] == 60 * 256 and round(counts[1] / 1e6, 3) == 6.957
     file = FAMILY.variants["t2t_vit_t_19"].weights.location
     assert file.endswith("releases/download/main/82.4_T2T_ViTt_19.pth.tar")

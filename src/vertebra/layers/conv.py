@@ -103,7 +103,7 @@ class InvertedResidual(nn.Module):
 
 
 def init_fan_out(module: nn.Module) -> None:
-    """Every convolution in `module` normal with variance 2 / fan out and without bias: PVT's and its descendants' rule."""
+    """Every convolution in `module` normal with variance 2 / fan out, its bias zero: the rule of PVT's descendants."""
     for part in module.modules():
         if isinstance(part, Conv):
             fan_out = math.prod(part.kernel) * part.weight.shape[0] // part.groups

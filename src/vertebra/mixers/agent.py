@@ -56,7 +56,8 @@ class AgentAttention(nn.Module):
         self.agents, self.pooled = agent_grid(agents, ndim), agent_grid(pooled or agents, ndim)
         self.axes = AXES[-ndim:]
         count = math.prod(self.agents)
-        shapes: dict[str, tuple[int, ...]] = {n: (heads, count, *(CELLS,) * ndim) for n in ("an_bias", "na_bias")}
+        block = (heads, count, *(CELLS,) * ndim)
+        shapes: dict[str, tuple[int, ...]] = {"an_bias": block, "na_bias": block}
         for axis, letter in enumerate(self.axes):
             line = tuple(side if i == axis else 1 for i, side in enumerate(self.size))
             shapes |= {f"a{letter}_bias": (1, heads, count, *line), f"{letter}a_bias": (1, heads, *line, count)}

@@ -17,8 +17,8 @@ class CrossShapedAttention(nn.Module):
     and the whole line. A depthwise convolution of the values inside each stripe says where a token is (LePE,
     section 3.3). `whole` makes one stripe of the map. A ragged last stripe is only shorter: padded keys are masked.
 
-    With N tokens and L the longest side time grows with N L stripe^(ndim - 1) (`whole`: N^2). Memory grows with N: fused
-    attention forms no weights, and every head's tokens are copied once into their stripes.
+    With N tokens and L the longest side time grows with N L stripe^(ndim - 1) (`whole`: N^2). Memory grows with N:
+    fused attention forms no weights, and every head's tokens are copied once into their stripes.
     """
 
     def __init__(self, ndim: int, dim: int, heads: int, stripe: int = 7, whole: bool = False):

@@ -31,16 +31,18 @@ class CellLinear(nn.Linear):
 
         So a mixer built for its own size gives what the stored one gives there, exactly. None where it cannot be.
         """
-        ndim, old = len(self.grid), tensor.shape[-1 if self.reads else 0]
-        root = round(old ** (1 / ndim))
-        if root**ndim != old or tensor.ndim != getattr(self, name).ndim or (self.reads and name == "bias"):
+        ndim = len(self.grid)
+        if tensor.ndim != getattr(self, name).ndim or (self.reads and name == "bias"):
             return None
-        if not self.reads:
-            return resize(tensor.float().reshape(1, *(root,) * ndim, -1), self.grid, antialias=True).reshape(
-                -1, *tensor.shape[1:]
-            )
-        cells = torch.eye(self.in_features).reshape(-1, *self.grid, 1)
-        return tensor.float() @ resize(cells, root, antialias=True).reshape(-1, old).T
+        old = tensor.shape[1 if self.reads else 0]
+        root = round(old ** (1 / ndim))
+        if not old or root**ndim != old:
+            return None
+        if self.reads:  # what each cell of this grid gives to those of the old one
+            cells = torch.eye(self.in_features, device=tensor.device).reshape(-1, *self.grid, 1)
+            return tensor.float() @ resize(cells, root, antialias=True).flatten(1).T
+        rows = tensor.float().reshape(1, *(root,) * ndim, -1)
+        return resize(rows, self.grid, antialias=True).reshape(-1, *tensor.shape[1:])
 
 
 class TokenMlp(nn.Module):

@@ -43,10 +43,11 @@ class AgentDeiT(DeiT):
     ):  # fmt: skip
         super().__init__(img_size=img_size, **deit)
         dim, grid = self.num_features, self.pos_embed.grid
-        for stage in list(self.stages)[:agent_blocks]:
-            (block,) = stage.blocks
-            attn = AgentAttention(self.ndim, dim, block.attn.heads, grid, agents, prefix=len(self.prefix))
-            stage.blocks[0] = GridBlock(dim, attn, block.mlp, block.drop_path.rate, EPS)
+        for stage in self.stages[:agent_blocks]:
+            blocks: Any = stage.blocks
+            host = blocks[0]
+            attn = AgentAttention(self.ndim, dim, host.attn.heads, grid, agents, prefix=len(self.prefix))
+            blocks[0] = GridBlock(dim, attn, host.mlp, host.drop_path.rate, EPS)
         self.init_weights()
 
 
@@ -227,8 +228,8 @@ def _variant(name: str, file: str, drop_path, params, gmacs, top1, crop=0.875, *
     return Variant(_config(host, size, inputs.size), figures, inputs, where)
 
 
-# file, drop path, params_m, gmacs, top1 as the repository prints them; COCO 1x: RetinaNet AP, Mask R-CNN box and mask AP
-# (_3x: three times as long; cascade_: Cascade Mask R-CNN); ADE20K miou, PVT with Semantic FPN, Swin with UPerNet
+# file, drop path, params_m, gmacs, top1 as the repository prints them. COCO 1x: RetinaNet AP, Mask R-CNN box and mask
+# AP (_3x: three times as long; cascade_: Cascade Mask R-CNN). ADE20K miou: PVT with Semantic FPN, Swin with UPerNet.
 _TABLE: dict[str, tuple[tuple[Any, ...], dict[str, float]]] = {
     "agent_deit_tiny": (("57e0904221824ee7b7af", 0.0, 6.0, 1.2, 74.9), {}),
     "agent_deit_small": (("fdd43304372541db8ea7", 0.1, 22.7, 4.4, 80.5), {}),

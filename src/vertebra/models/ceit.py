@@ -6,8 +6,8 @@ convolution in the feed-forward relates neighbouring patches, and at the end the
 each other, so that the head reads every depth.
 
 Unusual here: no activation after the stem's batch norm; a batch norm after every convolution of the feed-forward, the
-last too, and each convolution keeps its bias; the class token goes round the convolutions, so its branch adds the normed
-token itself. The last block's feed-forward of the patches does not reach the logits.
+last too, and each convolution keeps its bias; the class token goes round the convolutions, so that its branch adds the
+normed token itself. The last block's feed-forward of the patches does not reach the logits.
 """
 
 from __future__ import annotations

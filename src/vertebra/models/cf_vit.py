@@ -89,7 +89,7 @@ class ScoringBlock(Block):
         super().__init__(dim, attn, mlp, drop_path, eps)
         self.scored = scored
         if halve:
-            self.scale1, self.scale2 = Half(), Half()
+            self.scale1, self.scale2 = Half(), Half()  # type: ignore[assignment]
 
     def forward(self, state: State) -> State:
         x, score = state.tokens, state.score
@@ -116,13 +116,13 @@ class LVStem(nn.Module):
 
 
 class CFDeiT(Backbone):
-    """Coarse-to-fine DeiT (Fig. 2). An image is padded with zeros to multiples of 32, its coarse form has half the side.
+    """Coarse-to-fine DeiT (Fig. 2). An image is padded with zeros to multiples of 32, the coarse one is half of it.
 
     ``logits`` are the second run's, of the informative half (`alpha`) of the coarse patches, or of all fine patches
     with `select` False, which is how the first 200 epochs train (an attribute, so that training can switch it).
     ``forward_outputs`` adds ``coarse_logits``, ``early_exit_logits`` (the coarse ones where their probability reaches
-    `threshold`; 1 means never) and, in evaluation, ``full_fine_logits``. The method `early_exit` saves the second run of
-    sure samples. forward_features gives the tokens of the second run, of the first, and which stands for each cell.
+    `threshold`; 1 means never) and, in evaluation, ``full_fine_logits``. The method `early_exit` spares sure samples
+    the second run. forward_features gives the tokens of the second run, of the first, and which stands for each cell.
 
     There is no dense version. forward_intermediates gives maps of the second run, a token that was not split repeated
     over its cells.
@@ -284,12 +284,12 @@ class CFDeiT(Backbone):
             raise ValueError("early exit reads probabilities: the model needs num_classes of at least 1")
         self._check(x)
         image = pad_to(x.movedim(1, -1).contiguous(), 2 * PATCH)
-        first = self.coarse(image)
-        logits = self.classify(first[0], coarse=True)
+        normed, embedded, score = self.coarse(image)
+        logits = self.classify(normed, coarse=True)
         rows = self.unsure(logits, self.threshold if threshold is None else threshold).nonzero().squeeze(1)
         if not rows.shape[0]:
             return logits
-        state = self.fine(image[rows], *(part[rows] for part in first), self.select)
+        state = self.fine(image[rows], normed[rows], embedded[rows], score[rows], self.select)
         return logits.index_copy(0, rows, self.classify(self.finish(self.through(state)[0])[0]))
 
 
@@ -330,13 +330,23 @@ FAMILY = Family(
     variants={
         "cf_deit_small": Variant(
             dict(dim=384, depth=12, heads=6),
-            dict(params_m=23.252, gmacs=4.01, top1=80.8, params_m_288=23.31, gmacs_288=6.76, top1_288=81.9, drop_path=0.1),
+            dict(
+                params_m=23.252, gmacs=4.01, top1=80.8, params_m_288=23.31, gmacs_288=6.76, top1_288=81.9, drop_path=0.1
+            ),
             Inputs(224),
             _DRIVE,
         ),
         "cf_lvvit_small": Variant(
             _LVVIT,
-            dict(params_m=27.058, gmacs=6.15, top1=83.6, params_m_288=27.12, gmacs_288=10.34, top1_288=84.4, drop_path=0.1),
+            dict(
+                params_m=27.058,
+                gmacs=6.15,
+                top1=83.6,
+                params_m_288=27.12,
+                gmacs_288=10.34,
+                top1_288=84.4,
+                drop_path=0.1,
+            ),
             Inputs(224, crop=0.9),
             _DRIVE,
         ),

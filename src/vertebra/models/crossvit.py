@@ -45,7 +45,7 @@ State = tuple[Tensor, Tensor, tuple[int, ...]]  # tokens (B, 1 + N, C) of both b
 
 
 class ConvStem(nn.Module):
-    """Three convolutions in the place of one patch projection (the dagger models): (B, *S, dim) -> (B, *S / patch, out).
+    """Three convolutions in place of one patch projection (the dagger models): (B, *S, dim) -> (B, *S / patch, out).
 
     Strides 4, 3, 1 make patches of 12, strides 4, 2, 2 patches of 16.
     """

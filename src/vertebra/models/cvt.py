@@ -114,13 +114,12 @@ class CvT(Backbone):
         return features[:, 0]
 
 
-def _variant(depths, params, gmacs, drop_path, inputs=Inputs(224), files="", config=None, **more) -> Variant:
+def _variant(depths, params, gmacs, drop_path, size=224, **more) -> Variant:
+    config = {name: more.pop(name) for name in ("dims", "heads") if name in more}
     figures = dict(params_m=params, gmacs=gmacs, drop_path=drop_path) | more
-    where = Weights(f"OneDrive folder in the README of github.com/microsoft/CvT: {files}", "MIT", "manual")
-    return Variant(dict(depths=depths) | (config or {}), figures, inputs, where)
+    where = Weights("OneDrive folder in the README of github.com/microsoft/CvT", "MIT", "manual")
+    return Variant(dict(depths=depths) | config, figures, Inputs(size, crop=0.875 if size == 224 else 1.0), where)
 
-
-_FILES = "CvT-{0}-224x224-IN-1k.pth, CvT-{0}-384x384-IN-1k.pth, CvT-{0}-384x384-IN-22k.pth"
 
 FAMILY = Family(
     name="cvt",
@@ -132,16 +131,12 @@ FAMILY = Family(
     licence="MIT",
     # params_m, gmacs and top1 as the repository prints them; _384: fine-tuned at 384 pixels (the same network), _22k:
     # after pre-training on ImageNet-22k. 384 pixels are evaluated without a centre crop; w24's weights are of 384 only.
+    # Files: CvT-13-224x224-IN-1k.pth, CvT-13-384x384-IN-1k.pth, CvT-13-384x384-IN-22k.pth and so on.
     variants={
-        "cvt_13": _variant(
-            (1, 2, 10), 20, 4.5, 0.1, files=_FILES.format(13), top1=81.6, gmacs_384=16.3, top1_384=83.0, top1_22k_384=83.3
-        ),
-        "cvt_21": _variant(
-            (1, 4, 16), 32, 7.1, 0.1, files=_FILES.format(21), top1=82.5, gmacs_384=24.9, top1_384=83.3, top1_22k_384=84.9
-        ),
+        "cvt_13": _variant((1, 2, 10), 20, 4.5, 0.1, top1=81.6, gmacs_384=16.3, top1_384=83.0, top1_22k_384=83.3),
+        "cvt_21": _variant((1, 4, 16), 32, 7.1, 0.1, top1=82.5, gmacs_384=24.9, top1_384=83.3, top1_22k_384=84.9),
         "cvt_w24": _variant(
-            (2, 2, 20), 277, 193.2, 0.3, Inputs(384, crop=1.0), "CvT-w24-384x384-IN-22k.pth",
-            dict(dims=(192, 768, 1024), heads=(3, 12, 16)), top1=87.6,
+            (2, 2, 20), 277, 193.2, 0.3, 384, dims=(192, 768, 1024), heads=(3, 12, 16), top1_22k_384=87.6
         ),
     },
 )  # fmt: skip

@@ -15,15 +15,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
+from ..backbone import Backbone, Stage, conv_norms, plus_one
 from ..layers import (
-    Block, Conv, ConvNorm, CrossAttention, DropPath, LayerScale, Mlp, PatchEmbed, attend, avg_pool, check_heads,
-    drop_path_rates, init_fan_out, merge_heads, resize, split_heads,
+    Block,
+    Conv,
+    ConvNorm,
+    CrossAttention,
+    DropPath,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    attend,
+    avg_pool,
+    check_heads,
+    drop_path_rates,
+    init_fan_out,
+    merge_heads,
+    resize,
+    split_heads,
 )  # fmt: skip
 from ..layers.cached import tracing
 from ..registry import Family, Variant, Weights
@@ -173,10 +187,6 @@ class ClassBlock(Block):
         return cls + self.mlp(self.norm2(cls))
 
 
-def _next(match) -> str:
-    return str(int(match[1]) + 1)
-
-
 class DualViT(Backbone):
     """Two dual and two merge stages (Fig. 2, Table 1). The head reads the last map and the class token (B, C).
 
@@ -184,22 +194,22 @@ class DualViT(Backbone):
     decides alone. Outputs: logits, class_logits and, with `token_label`, aux_logits (B, N, num_classes).
     """
 
-    heads = ("head", "aux_head")
+    heads: ClassVar[tuple[str, ...]] = ("head", "aux_head")
     OFFICIAL = (
-        (r"^patch_embed\.convs\.(\d+)\.(conv|norm)\.", lambda m: f"patch_embed1.conv.{3 * int(m[1]) + (m[2] == 'norm')}."),
+        conv_norms(r"patch_embed\.convs", "patch_embed1.conv"),
         (r"^patch_embed\.", "patch_embed1."),
         (r"^semantics\.", ""),
         (r"^norm\.", "norm4."),
         (r"^neck\.", "post_network.0."),
-        (r"^stages\.(\d+)\.down\.image\.", lambda m: f"patch_embed{_next(m)}."),
-        (r"^stages\.(\d+)\.down\.semantic\.", lambda m: f"proxy_embed{_next(m)}.proj_proxy."),
-        (r"^stages\.(\d+)\.norm\.image\.", lambda m: f"norm{_next(m)}."),
-        (r"^stages\.(\d+)\.norm\.semantic\.", lambda m: f"norm_proxy{_next(m)}."),
-        (r"^stages\.(\d+)\.blocks\.", lambda m: f"block{_next(m)}."),
+        (r"^stages\.(\d+)\.down\.image\.", lambda m: f"patch_embed{plus_one(m)}."),
+        (r"^stages\.(\d+)\.down\.semantic\.", lambda m: f"proxy_embed{plus_one(m)}.proj_proxy."),
+        (r"^stages\.(\d+)\.norm\.image\.", lambda m: f"norm{plus_one(m)}."),
+        (r"^stages\.(\d+)\.norm\.semantic\.", lambda m: f"norm_proxy{plus_one(m)}."),
+        (r"^stages\.(\d+)\.blocks\.", lambda m: f"block{plus_one(m)}."),
         (r"\.fc_proxy\.", ".mlp.fc_proxy."),
         (r"\.mlp\.middle\.", ".mlp.dwconv.dwconv."),
         (r"\.scale(\d)\.gamma$", r".gamma\1"),
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -246,9 +256,6 @@ class DualViT(Backbone):
             self.heads = ("head",)  # type: ignore[misc]
         self.make_head()
         self.init_weights()
-
-    def init_weights(self) -> None:
-        super().init_weights()
         init_fan_out(self)
 
     def embed(self, x: Tensor) -> State:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
+from ..backbone import Backbone, Stage, conv_norms
 from ..layers import (
     Conv,
     ConvNorm,
@@ -169,7 +169,7 @@ class Pyramid(Backbone):
     """What LightViT and DualToken-ViT share: stem, merges' names, output norms of the dense version, neck and head."""
 
     OFFICIAL = (
-        (r"^patch_embed\.convs\.(\d+)\.(conv|norm)", lambda m: f"patch_embed.stem.{3 * int(m[1]) + (m[2] == 'norm')}"),
+        conv_norms(r"patch_embed\.convs", "patch_embed.stem"),
         (r"^stages\.(\d+)\.down", r"stages.\1.0"),
         (r"^stages\.(\d+)\.blocks\.(\d+)", lambda m: f"stages.{m[1]}.{int(m[2]) + (m[1] != '0')}"),
         (r"\.pos\.table$", ".relative_position_bias_table"),

@@ -73,11 +73,11 @@ class MlpMixer(Backbone):
         self.make_head()
 
     def init_weights(self) -> None:
-        """Every layer normal, cut at two deviations, with variance 1 / inputs and zero bias, as in the JAX code."""
+        """Every layer normal with variance 1 / inputs and zero bias, as in the JAX code (which cuts the tails)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | Conv):
-                std = 1 / (0.8796 * math.sqrt(module.weight[0].numel()))  # the cut takes off 12 %
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if not module.weight.is_meta:  # where torch would import for seconds, to fill nothing
+                    nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
                 nn.init.zeros_(module.bias)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ FAMILY = Family(
     arxiv="2105.01601",
     code="github.com/google-research/vision_transformer",
     licence="Apache-2.0",
-    # top1: trained on ImageNet-1k alone, the only weights with a head that were released besides ImageNet-21k's (B/16
-    # and L/16, folder imagenet21k); top1_in21k and top1_jft after pre-training there (_448: fine-tuned at 448 pixels).
-    # params_m and gmacs as timm counts them, H/14 as measured (the paper's 431 leaves the head out); None: not published
+    # top1: trained on ImageNet-1k alone (folder imagenet21k has B/16 and L/16 before fine-tuning); top1_in21k and
+    # top1_jft: after pre-training there, _448 where fine-tuned at 448 pixels, of which no weights were released.
+    # params_m and gmacs as timm counts them, H/14 as measured (the paper prints 431); None: not published
     variants={
         "mixer_s32_224": _variant("s", 32, 19.105, 1.00, top1_jft=68.7),
         "mixer_s16_224": _variant("s", 16, 18.528, 3.79, top1_jft=73.8),

@@ -12,15 +12,14 @@ are resampled per stage, where the official comparison with stage 1's table cras
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
-from ..layers import Block, Conv, Mlp, PatchEmbed, Positions, TokenBlock, drop_path_rates, ntuple
+from ..backbone import Backbone, Stage, plus_one
+from ..layers import Block, Conv, Mlp, PatchEmbed, Positions, TokenBlock, drop_path_rates, init_fan_out, ntuple
 from ..mixers import SpatialReductionAttention
 from ..registry import Family, Variant, Weights
 
@@ -56,20 +55,16 @@ class TokenEmbed(Embed):
         return tokens + self.pos(grid), grid
 
 
-def _next(match) -> str:
-    return str(int(match[1]) + 1)
-
-
 class _Pyramid(Backbone):
     """What v1 and v2 share: names and strides."""
 
     OFFICIAL = (
         (r"^patch_embed\.", "patch_embed1."),
         (r"^stages\.(\d+)\.down\.cls_token$", "cls_token"),
-        (r"^stages\.(\d+)\.down\.", lambda m: f"patch_embed{_next(m)}."),
+        (r"^stages\.(\d+)\.down\.", lambda m: f"patch_embed{plus_one(m)}."),
         (r"^patch_embed(\d+)\.pos\.table$", r"pos_embed\1"),
-        (r"^stages\.(\d+)\.blocks\.", lambda m: f"block{_next(m)}."),
-        (r"^stages\.(\d+)\.norm\.", lambda m: f"norm{_next(m)}."),
+        (r"^stages\.(\d+)\.blocks\.", lambda m: f"block{plus_one(m)}."),
+        (r"^stages\.(\d+)\.norm\.", lambda m: f"norm{plus_one(m)}."),
         (r"\.mlp\.middle\.(?:1\.)?", ".mlp.dwconv.dwconv."),
     )
 
@@ -170,11 +165,7 @@ class PyramidVisionTransformerV2(_Pyramid):
 
     def init_weights(self) -> None:
         super().init_weights()
-        for module in self.modules():
-            if isinstance(module, Conv):
-                fan_out = math.prod(module.kernel) * module.weight.shape[0] // module.groups
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                nn.init.zeros_(module.bias)
+        init_fan_out(self)
 
     def embed(self, x: Tensor) -> Tensor:
         return self.patch_embed(x)

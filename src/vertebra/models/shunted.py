@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
+from ..backbone import Backbone, Stage, conv_norms, plus_one
 from ..layers import Block, Conv, ConvNorm, Mlp, PatchEmbed, ResidualConv, drop_path_rates, init_fan_out
 from ..mixers import LocalEnhancedAttention, ShuntedAttention
 from ..registry import Family, Variant, Weights
@@ -41,24 +41,20 @@ class Stem(nn.Module):
         return self.norm(self.convs(x))
 
 
-def _next(match) -> str:
-    return str(int(match[1]) + 1)
-
-
 class ShuntedTransformer(Backbone):
     """The pyramid of Fig. 2. A stage of ratio r > 1 shunts its heads over the ratios r and r / 2 (Table 1)."""
 
     OFFICIAL = (
-        (r"^patch_embed\.convs\.(\d+)\.(conv|norm)\.", lambda m: f"patch_embed1.conv.{3 * int(m[1]) + (m[2] == 'norm')}."),
+        conv_norms(r"patch_embed\.convs", "patch_embed1.conv"),
         (r"^patch_embed\.convs\.(\d+)\.", lambda m: f"patch_embed1.conv.{3 * int(m[1])}."),
         (r"^patch_embed\.", "patch_embed1."),
-        (r"^stages\.(\d+)\.down\.", lambda m: f"patch_embed{_next(m)}."),
-        (r"^stages\.(\d+)\.blocks\.", lambda m: f"block{_next(m)}."),
-        (r"^stages\.(\d+)\.norm\.", lambda m: f"norm{_next(m)}."),
-        (r"\.scales\.(\d+)\.local\.conv\.", lambda m: f".local_conv{_next(m)}."),
-        (r"\.scales\.(\d+)\.(\w+)\.", lambda m: f".{m[2]}{_next(m)}."),
+        (r"^stages\.(\d+)\.down\.", lambda m: f"patch_embed{plus_one(m)}."),
+        (r"^stages\.(\d+)\.blocks\.", lambda m: f"block{plus_one(m)}."),
+        (r"^stages\.(\d+)\.norm\.", lambda m: f"norm{plus_one(m)}."),
+        (r"\.scales\.(\d+)\.local\.conv\.", lambda m: f".local_conv{plus_one(m)}."),
+        (r"\.scales\.(\d+)\.(\w+)\.", lambda m: f".{m[2]}{plus_one(m)}."),
         (r"\.mlp\.middle\.conv\.", ".mlp.dwconv.dwconv."),
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -93,9 +89,6 @@ class ShuntedTransformer(Backbone):
         self.describe(dims, [4 * 2**i for i in range(len(dims))])
         self.make_head()
         self.init_weights()
-
-    def init_weights(self) -> None:
-        super().init_weights()
         init_fan_out(self)
 
     def embed(self, x: Tensor) -> Tensor:

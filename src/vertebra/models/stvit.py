@@ -124,8 +124,8 @@ class Generate(TokenUpdate):
     """
 
     def __init__(
-        self, ndim, dim, heads, mlp_ratio, drop_path, eps=1e-5, *, samples: int, window: int | None = None, reach: int = 10,
-        shortcut: bool = False, conv_pos: bool = False,
+        self, ndim, dim, heads, mlp_ratio, drop_path, eps=1e-5, *,
+        samples: int, window: int | None = None, reach: int = 10, shortcut: bool = False, conv_pos: bool = False,
     ):  # fmt: skip
         super().__init__(dim, heads, mlp_ratio, drop_path, eps)
         self.samples, self.window, self.reach, self.shortcut = samples, window, reach, shortcut
@@ -224,7 +224,7 @@ class STViTSwin(SwinTransformer):
     semantic maps as they are. `use_global`, `shortcut`, `relative_pos` and `use_conv_pos` are the official options.
     """
 
-    OFFICIAL = (
+    OFFICIAL = (  # type: ignore[assignment]
         (r"^patch_embed\.(\d)\.conv\.", lambda m: f"patch_embed.proj.{2 * int(m[1])}.c."),
         (r"^patch_embed\.(\d)\.norm\.", lambda m: f"patch_embed.proj.{2 * int(m[1])}.bn."),
         (r"^stages\.2\.blocks\.2\.centre\.table$", "layers.2.semantic_token2"),
@@ -257,12 +257,13 @@ class STViTSwin(SwinTransformer):
             raise ValueError("plain STViT has no dense version (its image tokens are gone): use recover=True")
         if not 1 <= samples <= window:
             raise ValueError(f"samples must be in 1..{window} (the window), got {samples!r}")
-        if recover and len(old) % GROUP or len(old) < 3:
+        if (recover and len(old) % GROUP) or len(old) < 3:
             need = f"a multiple of {GROUP}" if recover else "at least 3"
             raise ValueError(f"the third stage needs {need} blocks, got {len(old)}")
         half = dim // 2
-        self.patch_embed = nn.Sequential(
-            ConvNorm(ndim, self.in_chans, half, 3, 2, act=nn.Hardswish), ConvNorm(ndim, half, dim, 3, 2, act=nn.Hardswish)
+        self.patch_embed = nn.Sequential(  # type: ignore[assignment]
+            ConvNorm(ndim, self.in_chans, half, 3, 2, act=nn.Hardswish),
+            ConvNorm(ndim, half, dim, 3, 2, act=nn.Hardswish),
         )
         grid = tuple(samples * ((c + window - 1) // window) for c in built_grid(img_size, ndim, 16))
         blocks: list[nn.Module] = []

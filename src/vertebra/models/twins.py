@@ -100,13 +100,11 @@ class Twins(Backbone):
             blocks: list[nn.Module] = []
             for j, rate in enumerate(rates[i]):
                 if window and j % 2 == 0:
-                    attn = local(ndim, dim, heads[i], window, position=False)
+                    attn: nn.Module = local(ndim, dim, heads[i], window, position=False)
                 else:
                     attn = SpatialReductionAttention(ndim, dim, heads[i], ratios[i])
-                mlp = Mlp(dim, int(dim * mlp_ratios[i]))
-                blocks.append(
-                    Block(dim, attn, mlp, rate, EPS) if j else PositionedBlock(ndim, dim, attn, mlp, rate, EPS)
-                )
+                parts = (dim, attn, Mlp(dim, int(dim * mlp_ratios[i])), rate, EPS)
+                blocks.append(Block(*parts) if j else PositionedBlock(ndim, *parts))
             down = PatchEmbed(ndim, dims[i - 1], dim, 2, norm=nn.LayerNorm(dim)) if i else None
             norm = nn.LayerNorm(dim, eps=EPS) if window and self.features_only else None
             self.stages.append(Stage(blocks, down, norm))
@@ -117,9 +115,6 @@ class Twins(Backbone):
             self.head_features, self.head = dims[-1], self._new_head()
             self.norm.requires_grad_(False), self.head.requires_grad_(False)
         self.init_weights()
-
-    def init_weights(self) -> None:
-        super().init_weights()
         init_fan_out(self)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -129,20 +124,20 @@ class Twins(Backbone):
         return self.norm(state)
 
 
-def _variant(kind, width, depths, params, gmacs, top1, drop_path, miou, miou_ms, seg_params, seg_gmacs) -> Variant:
+def _variant(kind, width, depths, params, gmacs, top1, drop_path, miou, miou_ms, seg_params, seg_gflops) -> Variant:
     if kind == "pcpvt":
         config = dict(dims=(64, 128, 320, 512), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), depths=depths)
     else:
         dims = tuple(width * 2**i for i in range(4))
         config = dict(dims=dims, heads=tuple(d // 32 for d in dims), depths=depths, window=7)
     figures = dict(params_m=params, gmacs=gmacs, top1=top1, drop_path=drop_path, miou=miou, miou_ms=miou_ms)
-    figures |= dict(upernet_params_m=seg_params, upernet_gmacs=seg_gmacs)
+    figures |= dict(upernet_params_m=seg_params, upernet_gflops=seg_gflops)
     where = "README of github.com/Meituan-AutoML/Twins (Google Drive); same names: huggingface.co/timm, twins_*.in1k"
     return Variant(config, figures, weights=Weights(where, "Apache-2.0", "manual"))
 
 
-# params_m, gmacs and top1 as the repository prints them; drop_path: the paper's; miou, miou_ms (several scales),
-# upernet_*: ADE20K UPerNet, 160k iterations, 512 pixels
+# params_m, gmacs and top1 as the repository prints them; drop_path: svt_base's is the repository's, the others (not
+# printed there) the paper's for their size; miou, miou_ms (several scales), upernet_*: ADE20K UPerNet, 160k iterations
 FAMILY = Family(
     name="twins",
     model=Twins,

@@ -50,7 +50,7 @@ class VisionTransformer(Backbone):
     load_antialias: ClassVar[bool] = True
     eps: ClassVar[float] = EPS
     no_decay = prefix
-    OFFICIAL = ((r"^pos_embed\.table$", "pos_embed"), (r"^stages\.(\d+)\.blocks\.0\.", r"blocks.\1."))
+    OFFICIAL: ClassVar[Rules] = ((r"^pos_embed\.table$", "pos_embed"), (r"^stages\.(\d+)\.blocks\.0\.", r"blocks.\1."))
 
     def __init__(
         self,
