@@ -53,7 +53,7 @@ CALLS: dict[str, tuple[str, dict, bool]] = {
     "cf_lvvit_small": ("cf_lvvit_small", {"threshold": 0.007802}, False),
     "stvit_r_swin_tiny_options": (
         "stvit_r_swin_tiny",
-        {"use_global": True, "shortcut": True, "relative_pos": True, "use_conv_pos": True},
+        {"use_global": True, "shortcut": True, "relative_pos": True},
         False,
     ),
     "svit_small_200x168": ("svit_small", {}, False),

@@ -97,13 +97,13 @@ def nearest_sets(sides: Sequence[int], window: tuple[int, ...], top: int) -> tup
     return _nearest(places * steps + steps // 2, _cells(sides, device), top), _nearest(places, places, top)
 
 
-def _pairs(sides: Sequence[int], window: tuple[int, ...], cells: Windows, fine: Tensor, coarse: Tensor, device):
-    """Sets of cells and windows -> (W * K,) rows as in `focal_keys`, (W * L * K,) offsets of each query to each key.
+def _offsets(sides: Sequence[int], window: tuple[int, ...], fine: Tensor, coarse: Tensor) -> Tensor:
+    """(W * L * K,) offset of each query of a window to each of its keys, `fine` cells and `coarse` windows.
 
-    An offset counts in the table of `relative_offsets` over the padded map; those to pooled tokens, measured to the
-    centre of their window, in a second one after it.
+    It counts in the table of `relative_offsets` over the padded map; for summaries, which stand at the centre of their
+    window, in a second one after it.
     """
-    fine, coarse = fine.to(device), coarse.to(device)
+    device = fine.device
     places = _cells([(s + w - 1) // w for s, w in zip(sides, window, strict=True)], device)
     points, slots = _cells(sides, device), _cells(window, device)
     index, table = 0, 1
@@ -114,14 +114,14 @@ def _pairs(sides: Sequence[int], window: tuple[int, ...], cells: Windows, fine: 
         index = index * (2 * span - 1) + queries[:, :, None] - keys[:, None, :] + span - 1
         table = table * (2 * span - 1)
     second = torch.cat([fine.new_zeros(fine.shape[1]), coarse.new_ones(coarse.shape[1])]) * table
-    rows = torch.cat([cells.back[fine], coarse + cells.number * cells.length], 1)
-    return rows.reshape(-1), (index + second).reshape(-1).int()
+    return (index + second).reshape(-1).int()
 
 
 @sized_cache
-def _nearest_pairs(sides: tuple[int, ...], window: tuple[int, ...], top: int, device=None):
-    cells = windows(sides, window, device=device)
-    return _pairs(sides, window, cells, *nearest_sets(sides, window, top), device)
+def _nearest_keys(sides: tuple[int, ...], window: tuple[int, ...], top: int, device=None):
+    """`nearest_sets` and their `_offsets`."""
+    fine, coarse = (found.to(device) for found in nearest_sets(sides, window, top))
+    return fine, coarse, _offsets(sides, window, fine, coarse)
 
 
 class _Focal(nn.Module):
@@ -233,28 +233,28 @@ class FocalFastAttention(_Focal):
             nn.Sequential(nn.Linear(ndim, width), nn.ReLU(), nn.Linear(width, heads)) for _ in range(2)
         )
         self.grid: tuple[int, ...] | None = None  # the map that sets were given for; see `adopt`
-        self.register_buffer("rows", None, persistent=False)
-        self.register_buffer("index", None, persistent=False)
+        for name in ("fine", "coarse", "index"):
+            self.register_buffer(name, None, persistent=False)
 
     def adopt(self, sides: Sequence[int], fine: Tensor, coarse: Tensor) -> bool:
         """Use these sets on a map of `sides` (ties may have fallen otherwise there); False where they do not fit."""
         sides, device = tuple(sides), self.proj.weight.device
-        cells = windows(sides, self.window, device=device)
-        wanted = [(cells.number, min(self.top, n)) for n in (math.prod(sides), cells.number)]
+        cells, number = math.prod(sides), math.prod((s + w - 1) // w for s, w in zip(sides, self.window, strict=True))
+        wanted = [(number, min(self.top, n)) for n in (cells, number)]
         if [tuple(fine.shape), tuple(coarse.shape)] != wanted:
             return False
-        self.rows, self.index = _pairs(sides, self.window, cells, fine.long(), coarse.long(), device)
-        self.grid = sides
+        self.fine, self.coarse = fine.to(device).long(), coarse.to(device).long()
+        self.index, self.grid = _offsets(sides, self.window, self.fine, self.coarse), sides
         return True
 
     def context(self, sides, cells, device):
-        given = self.grid is not None and all(type(s) is int for s in sides) and sides == self.grid
-        rows, index = (
-            (self.rows, self.index) if given else _nearest_pairs(sides, self.window, self.top, device=device)
-        )
+        if self.grid is not None and all(type(s) is int for s in sides) and sides == self.grid:
+            fine, coarse, index = self.fine, self.coarse, self.index
+        else:
+            fine, coarse, index = _nearest_keys(sides, self.window, self.top, device=device)
+        rows = torch.cat([cells.back[fine], coarse + cells.number * cells.length], 1)
         spans = tuple((s + w - 1) // w * w for s, w in zip(sides, self.window, strict=True))
         offsets = relative_offsets(spans, device=device).to(self.proj.weight.dtype)
-        table = torch.cat([level(offsets) for level in self.offsets])
-        keys = rows.shape[0] // cells.number
-        bias = table.t().contiguous().index_select(1, index)
-        return rows, bias.reshape(self.heads, cells.number, cells.length, keys)
+        table = torch.cat([level(offsets) for level in self.offsets]).t().contiguous()
+        bias = table.index_select(1, index).reshape(self.heads, cells.number, cells.length, rows.shape[1])
+        return rows.reshape(-1), bias
