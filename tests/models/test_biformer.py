@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 import vertebra
 from vertebra.layers import BatchNorm, record_attention
 from vertebra.mixers import BiLevelRoutingAttention
-from vertebra.models.biformer import FAMILY, GlobalAttention
+from vertebra.models.biformer import FAMILY, LocalGlobalAttention
 
 TINY, STL, NCHW = "biformer_tiny", "biformer_stl", "biformer_stl_nchw"
 SMALL = dict(dims=(32, 32, 64, 64), depths=(1, 1, 2, 1), num_classes=7)
@@ -139,7 +139,7 @@ def test_largest_tensor_is_the_gathered_keys_and_values():
 @pytest.mark.parametrize("of_values", [False, True])
 @pytest.mark.parametrize(("ndim", "sides"), [(1, (9,)), (2, (4, 5)), (3, (2, 3, 4))])
 def test_global_attention_has_8_heads_and_a_head_width_scale(ndim, sides, of_values):
-    attn, x = mixed(GlobalAttention(ndim, 16, 8, 5, of_values)), torch.randn(2, *sides, 16)
+    attn, x = mixed(LocalGlobalAttention(ndim, 16, 8, 5, of_values)), torch.randn(2, *sides, 16)
     assert attn.qkv.bias is None
     q, k, v = (x @ attn.qkv.weight.T).flatten(1, -2).split(16, -1)
     heads = [

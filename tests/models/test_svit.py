@@ -13,7 +13,7 @@ import vertebra
 from vertebra.layers import BatchNorm
 from vertebra.mixers import SuperTokenAttention
 from vertebra.mixers.super_token import neighbours
-from vertebra.models.svit import ConvMlp
+from vertebra.models.svit import SuperTokenBlock
 
 SMALL = dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), num_classes=7)
 
@@ -148,7 +148,8 @@ def test_a_super_token_that_nobody_chose_is_no_division_by_zero():
 
 
 def test_convolutional_mlp():
-    mlp, x = fill(ConvMlp(2, 6, 10)), torch.randn(2, 5, 4, 6)
+    block = SuperTokenBlock(2, 6, heads=1, size=1, iterations=1, mlp_ratio=10 / 6, drop_path=0.0, scale=None)
+    mlp, x = fill(block.mlp), torch.randn(2, 5, 4, 6)
     weight, bias = mlp.middle[1].conv.weight, mlp.middle[1].conv.bias
     h = F.gelu(F.conv2d(x.movedim(-1, 1), mlp.fc1.weight, mlp.fc1.bias))
     h = h + F.conv2d(h, weight, bias, padding=1, groups=10)

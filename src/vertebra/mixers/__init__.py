@@ -7,6 +7,7 @@ from .cross_shaped import CrossShapedAttention
 from .deformable_attention import DeformableAttention
 from .dilated_attention import DilatedAttention
 from .focal import FocalAttention, FocalFastAttention
+from .global_attention import GlobalAttention
 from .global_window import GlobalWindowAttention
 from .hydra import HydraAttention
 from .messenger import MessengerAttention
@@ -30,6 +31,7 @@ __all__ = [
     "DilatedAttention",
     "FocalAttention",
     "FocalFastAttention",
+    "GlobalAttention",
     "GlobalWindowAttention",
     "GridAttention",
     "HydraAttention",

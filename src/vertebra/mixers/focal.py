@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ def surround(window: Sequence[int], expand: int) -> list[tuple[int, ...]]:
     return found
 
 
+def _counts(sides: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """Windows per axis of a map, the last ones padded."""
+    return tuple((s + w - 1) // w for s, w in zip(sides, window, strict=True))
+
+
 @sized_cache
 def focal_keys(counts: tuple[int, ...], window: tuple[int, ...], expand: int, focal: int, device=None):
     """Where each of the `counts` windows reads its keys -> (W * K,) rows, (W, K) additive mask or None.
@@ -51,7 +57,10 @@ def focal_keys(counts: tuple[int, ...], window: tuple[int, ...], expand: int, fo
     slots = torch.tensor(near, device=device)
     reach = torch.tensor([*itertools.product(range(-(focal // 2), focal // 2 + 1), repeat=ndim)], device=device)
     places = _cells(counts, device)
-    home, slot, coarse, inside = 0, 0, 0, True
+    home: Any = 0
+    slot: Any = 0
+    coarse: Any = 0
+    inside: Any = True
     for axis, (n, w) in enumerate(zip(counts, window, strict=True)):
         cell = (places[:, None, axis] * w + slots[None, :, axis]) % (n * w)  # the map is a ring
         home, slot = home * n + cell // w, slot * w + cell % w
@@ -93,7 +102,7 @@ def nearest_sets(sides: Sequence[int], window: tuple[int, ...], top: int) -> tup
     """For each window of a map the `top` nearest cells (W, K) and the `top` nearest windows (W, K'), flat indices."""
     device = torch.device("cpu")
     steps = torch.tensor(window, device=device)
-    places = _cells([(s + w - 1) // w for s, w in zip(sides, window, strict=True)], device)
+    places = _cells(_counts(sides, window), device)
     return _nearest(places * steps + steps // 2, _cells(sides, device), top), _nearest(places, places, top)
 
 
@@ -104,9 +113,10 @@ def _offsets(sides: Sequence[int], window: tuple[int, ...], fine: Tensor, coarse
     window, in a second one after it.
     """
     device = fine.device
-    places = _cells([(s + w - 1) // w for s, w in zip(sides, window, strict=True)], device)
+    places = _cells(_counts(sides, window), device)
     points, slots = _cells(sides, device), _cells(window, device)
-    index, table = 0, 1
+    index: Any = 0
+    table: Any = 1
     for axis, (s, w) in enumerate(zip(sides, window, strict=True)):
         span = (s + w - 1) // w * w
         queries = places[:, None, axis] * w + slots[None, :, axis]
@@ -171,7 +181,8 @@ class _Focal(nn.Module):
         (q,) = split_heads(qkv[..., :dim], heads)
         q = q.reshape(batch, heads * number, length, dim // heads)
         bias = bias.expand(heads, number, length, keys).reshape(1, heads * number, length, keys)
-        y = attend(q, *kv.chunk(2, -1), bias)
+        k, v = kv.chunk(2, -1)
+        y = attend(q, k, v, bias)
         y = self.proj(merge_heads(y.reshape(batch, heads, number * length, dim // heads)))
         return cells.join(y.reshape(batch * number, length, dim), sides)
 
@@ -206,8 +217,7 @@ class FocalAttention(_Focal):
         nn.init.trunc_normal_(self.far, std=0.02)
 
     def context(self, sides, cells, device):
-        counts = tuple((s + w - 1) // w for s, w in zip(sides, self.window, strict=True))
-        rows, mask = focal_keys(counts, self.window, self.expand, self.focal, device=device)
+        rows, mask = focal_keys(_counts(sides, self.window), self.window, self.expand, self.focal, device=device)
         index = _far_index(self.window, self.focal, device=device)
         far = self.far.index_select(1, index).reshape(self.heads, cells.length, -1)
         around = [] if self.around is None else [self.around[0]]
@@ -239,7 +249,7 @@ class FocalFastAttention(_Focal):
     def adopt(self, sides: Sequence[int], fine: Tensor, coarse: Tensor) -> bool:
         """Use these sets on a map of `sides` (ties may have fallen otherwise there); False where they do not fit."""
         sides, device = tuple(sides), self.proj.weight.device
-        cells, number = math.prod(sides), math.prod((s + w - 1) // w for s, w in zip(sides, self.window, strict=True))
+        cells, number = math.prod(sides), math.prod(_counts(sides, self.window))
         wanted = [(number, min(self.top, n)) for n in (cells, number)]
         if [tuple(fine.shape), tuple(coarse.shape)] != wanted:
             return False

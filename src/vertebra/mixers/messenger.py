@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ def _partners(counts: tuple[int, ...], region: int, device=None) -> Tensor:
     ndim, number = len(counts), math.prod(counts)
     group = region**ndim
     members = torch.tensor(list(itertools.product(range(region), repeat=ndim)), device=device)
-    other, real = 0, True
+    other: Any = 0
+    real: Any = True
     for axis, place in enumerate(_windows_of(counts, device).unbind(1)):
         there = (place - place % region)[:, None] + members[None, :, axis]
         other, real = other * counts[axis] + there, (there < counts[axis]) & real
@@ -80,7 +82,7 @@ class MessengerWindowAttention(Attention):
     positions; a messenger as key, and as query, has one bias per head.
     """
 
-    no_decay = ("messenger",)
+    no_decay: tuple[str, ...] = ("messenger",)
 
     def __init__(self, ndim: int, dim: int, heads: int, window: int = 7):
         super().__init__(dim, heads)
@@ -132,12 +134,12 @@ class MessengerAttention(MessengerWindowAttention):
         bias = self.bias(cells, batch)
         q, k, v = split_heads(self.qkv(cells.split(x)), self.heads, 3)
 
-        ask, *own = split_heads(self.qkv(messengers.reshape(batch * cells.number, 1, dim)), self.heads, 3)
-        gathered = self._read(ask, k, v, own, bias[:, :, :1]).reshape(messengers.shape)
+        ask, *first = split_heads(self.qkv(messengers.reshape(batch * cells.number, 1, dim)), self.heads, 3)
+        gathered = self._read(ask, k, v, first, bias[:, :, :1]).reshape(messengers.shape)
         news = shuffle_messengers(messengers + gathered, counts, self.region)
 
-        own = split_heads(self.qkv(news.reshape(batch * cells.number, 1, dim)), self.heads, 3)[1:]
-        return cells.join(self._read(q, k, v, own, bias[:, :, 1:]), sides)
+        _, *first = split_heads(self.qkv(news.reshape(batch * cells.number, 1, dim)), self.heads, 3)
+        return cells.join(self._read(q, k, v, first, bias[:, :, 1:]), sides)
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, first: Sequence[Tensor], bias: Tensor) -> Tensor:
         """What queries take from the messenger's key and value, `first`, and from those of the window's cells."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Rules, Stage
+from ..backbone import Backbone, Rules, Stage, conv_norms
 from ..layers import (
     Attention,
     BatchNorm,
@@ -38,7 +38,7 @@ from ..registry import Family, Variant, Weights
 
 EPS = 1e-6
 _NAMES = (
-    (r"^patch_embed\.(\d+)\.(conv|norm)", lambda m: f"downsample_layers.0.{3 * int(m[1]) + (m[2] == 'norm')}"),
+    conv_norms("patch_embed", "downsample_layers.0"),
     (r"^patch_embed\.", "downsample_layers.0."),
     (r"^stages\.(\d+)\.down\.", r"downsample_layers.\1."),
     (r"^(downsample_layers\.\d+)\.(conv|norm)\.", lambda m: f"{m[1]}.{int(m[2] == 'norm')}."),
@@ -49,7 +49,7 @@ _NAMES = (
 _ROUTED = r"^(stages\.[0-2]\..*\.attn)\.(qkv|proj)\."  # the stages before the last
 
 
-class GlobalAttention(Attention):
+class LocalGlobalAttention(Attention):
     """Attention over the whole map plus LePE, a depthwise convolution: (B, *S, C) -> (B, *S, C), last stage.
 
     The convolution reads the input, or with `of_values` the values.
@@ -113,7 +113,7 @@ class BiFormer(Backbone):
                     heads = dim // head_dim
                     attn = BiLevelRoutingAttention(ndim, dim, heads, n_win, topks[i], kernel, self.nchw)
                 else:
-                    attn = GlobalAttention(ndim, dim, global_heads, kernel, of_values=self.nchw)
+                    attn = LocalGlobalAttention(ndim, dim, global_heads, kernel, of_values=self.nchw)
                 blocks.append(Block(dim, attn, Mlp(dim, int(dim * mlp_ratio)), rate, EPS, position=self.position(dim)))
             self.stages.append(Stage(blocks, down=self.merge(dims[i - 1], dim) if i else None))
         self.describe(dims, [4 * 2**i for i in range(len(dims))])

@@ -16,19 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
-from ..layers import Attention, Block, Conv, ConvNorm, Mlp, ResidualConv, drop_path_rates
-from ..mixers import DilatedAttention
+from ..backbone import Backbone, Stage, conv_norms
+from ..layers import Block, Conv, ConvNorm, Mlp, ResidualConv, drop_path_rates
+from ..mixers import DilatedAttention, GlobalAttention
 from ..registry import Family, Inputs, Variant, Weights
 
 EPS = 1e-6
-
-
-class GlobalAttention(Attention):
-    """Attention of every cell to every cell: (B, *S, C) -> (B, *S, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flatten(1, -2)).reshape(x.shape)
 
 
 def stem(ndim: int, dim: int, hidden: int, out: int) -> nn.Sequential:
@@ -42,8 +35,7 @@ class DilateFormer(Backbone):
     """The pyramid of Fig. 3; `attention` names each stage's kind, D dilated or G global."""
 
     OFFICIAL = (
-        (r"^patch_embed\.(\d+)\.conv\.", lambda m: f"patch_embed.proj.{3 * int(m[1])}."),
-        (r"^patch_embed\.(\d+)\.norm\.", lambda m: f"patch_embed.proj.{3 * int(m[1]) + 1}."),
+        conv_norms("patch_embed", "patch_embed.proj"),
         (r"^patch_embed\.3\.", "patch_embed.proj.9."),
         (r"^stages\.(\d+)\.down\.conv\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.proj.0."),
         (r"^stages\.(\d+)\.down\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.proj.1."),

@@ -145,8 +145,8 @@ def _dense(box, mask, box3, mask3, retina, retina3, miou, **more) -> dict[str, f
 
 _CONV, _FAST = dict(conv_embed=True), dict(conv_embed=True, top=128)
 
-# params_m, gmacs and top1 as the repository prints them (the fast forms' GMACs leave out the MLP of offsets: Focal-fast-T
-# counts 5.4); box/mask AP: COCO Mask R-CNN 1x and 3x; retinanet: RetinaNet; miou: ADE20K UPerNet at one scale
+# params_m, gmacs and top1 as the repository prints them (for the fast forms without the MLP of offsets: Focal-fast-T
+# counts 5.4 with it as published); box/mask AP: COCO Mask R-CNN 1x and 3x; retinanet: RetinaNet; miou: ADE20K UPerNet at one scale
 FAMILY = Family(
     name="focal_transformer",
     model=FocalTransformer,

@@ -13,6 +13,7 @@ is in the last two stages of the larger models only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,17 +22,6 @@ from ..backbone import Backbone, Stage
 from ..layers import BatchNorm, Block, Conv, ConvNorm, LayerScale, Mlp, ResidualConv, drop_path_rates
 from ..mixers import SuperTokenAttention
 from ..registry import Family, Inputs, Variant, Weights
-
-
-class ConvMlp(Mlp):
-    """Convolutional feed-forward network: (B, *S, C) -> (B, *S, C).
-
-    1x1 convolution, GELU, a 3x3 depthwise convolution with a residual, 1x1 convolution.
-    """
-
-    def __init__(self, ndim: int, dim: int, hidden: int):
-        super().__init__(dim, hidden, act=nn.Identity, middle=nn.Sequential(nn.GELU(), ResidualConv(ndim, hidden)))
-        self.fc1, self.fc2 = Conv(ndim, dim, hidden), Conv(ndim, hidden, dim)
 
 
 class Scale(LayerScale):
@@ -49,7 +39,9 @@ class SuperTokenBlock(Block):
     """Position convolution, super token attention, convolutional MLP (section 3.1): (B, *S, C) -> (B, *S, C)."""
 
     def __init__(self, ndim, dim, heads, size, iterations, mlp_ratio, drop_path, scale):
-        attn, mlp = SuperTokenAttention(ndim, dim, heads, size, iterations), ConvMlp(ndim, dim, int(dim * mlp_ratio))
+        attn, hidden = SuperTokenAttention(ndim, dim, heads, size, iterations), int(dim * mlp_ratio)
+        middle = nn.Sequential(nn.GELU(), ResidualConv(ndim, hidden))  # section 3.1, convolutional feed-forward
+        mlp = Mlp(dim, hidden, act=nn.Identity, middle=middle, linear=partial(Conv, ndim))
         super().__init__(dim, attn, mlp, drop_path, eps=1e-6, position=ResidualConv(ndim, dim))
         self.norm2 = BatchNorm(dim)
         if scale is not None:
