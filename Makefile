@@ -17,7 +17,7 @@ check:  ## what CI checks besides the tests
 	$(PY) -m mypy
 
 test:   ## the whole suite
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 bench:  ## speed against timm, written to benchmarks/results
 	$(PY) benchmarks/speed.py --train

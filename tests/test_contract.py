@@ -79,6 +79,10 @@ NETS = SMALL | MORE
 NO_DENSE = {"cf_vit", "cf_lvvit", "stvit_swin", "stvit_deit"}  # their idea leaves no dense version
 RANKS = (1, 2, 3)
 each = pytest.mark.parametrize("net", sorted(NETS))
+# tracing is slow: further nets of a family are traced with -m parity_all only
+each_traced = pytest.mark.parametrize(
+    "net", [pytest.param(n, marks=[] if n in SMALL else [pytest.mark.parity_all]) for n in sorted(NETS)]
+)
 each_rank = pytest.mark.parametrize(("net", "ndim"), list(itertools.product(sorted(NETS), RANKS)))
 
 
@@ -311,7 +315,7 @@ def test_autocast_is_finite_and_close(net):
     assert error(half, full) <= 0.05  # bf16 keeps 8 bits; a NaN or a dropped mask is far outside
 
 
-@each
+@each_traced
 def test_exports_with_dynamic_batch_and_sizes(net):
     from torch.fx.experimental import _config
 
@@ -327,7 +331,7 @@ def test_exports_with_dynamic_batch_and_sizes(net):
             assert error(program(y), model(y)) <= 1e-5
 
 
-@each
+@each_traced
 def test_compiles_without_a_graph_break(net):
     model = make(net).eval()
     torch._dynamo.reset()

@@ -135,7 +135,7 @@ def _nearest_keys(sides: tuple[int, ...], window: tuple[int, ...], top: int, dev
 
 
 class _Focal(nn.Module):
-    """What both forms share: every window attends to some cells and to some windows' summaries, eq. 1 to 4.
+    """What both forms share: every window attends to some cells and to some windows' summaries.
 
     A window's summary is one learned weighted sum of its cells. A map that windows do not fill is padded with zeros.
     """
@@ -172,7 +172,7 @@ class _Focal(nn.Module):
         qkv = self.qkv(tokens.reshape(batch, number * length, dim))
         coarse = F.linear(summary, self.qkv.weight[dim:], self.qkv.bias[dim:])
 
-        # heads before windows, so that the bias needs no copy for each sample
+        # attention runs over (B, heads * W, L, K): heads before windows, so that the bias needs no copy per sample
         fine, coarse = self._rows(qkv[..., dim:]), self._rows(coarse)
         rows, bias = self.context(sides, cells, x.device)
         bank = torch.cat([fine, coarse, fine.new_zeros(batch, heads, 1, fine.shape[-1])], 2)
@@ -188,7 +188,7 @@ class _Focal(nn.Module):
 
 
 class FocalAttention(_Focal):
-    """Window, surround and summaries: (B, *S, C) -> (B, *S, C), section 3.2, Fig. 3, one level of summaries.
+    """Window, surround and summaries: (B, *S, C) -> (B, *S, C), section 3.2, with one level of summaries.
 
     The queries of a window see its own cells, those around it (the window moved by `expand` cells towards each corner,
     see `surround`; across the border the map goes on at its other side) and the summaries of `focal` windows per axis.

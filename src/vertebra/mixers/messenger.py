@@ -56,7 +56,7 @@ def check_region(dim: int, ndim: int, region: int) -> None:
 
 
 def shuffle_messengers(messengers: Tensor, counts: tuple[int, ...], region: int) -> Tensor:
-    """Exchange of messengers (B, W, C) inside regions of region^ndim windows (section 3.3, Fig. 4) -> (B, W, C).
+    """Exchange of messengers (B, W, C) inside regions of region^ndim windows -> (B, W, C).
 
     Channels are cut into as many blocks as a region has windows; block j of window i changes places with block i of
     window j. In a region cut off by the end of the map, a block whose partner is missing stays where it is.
@@ -76,7 +76,7 @@ def window_counts(sides: tuple[int, ...], window: tuple[int, ...]) -> tuple[int,
 
 
 class MessengerWindowAttention(Attention):
-    """Attention inside windows that hold a messenger in front: (B, W, 1 + L, C) -> (B, W, 1 + L, C), section 3.2.
+    """Attention inside windows that hold a messenger in front: (B, W, 1 + L, C) -> (B, W, 1 + L, C), section 3.
 
     `cells` are the windows of the map that the L tokens come from; padded cells are no keys. Cells have relative
     positions; a messenger as key, and as query, has one bias per head.

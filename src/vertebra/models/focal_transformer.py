@@ -30,7 +30,7 @@ from ..registry import Family, Variant, Weights
 
 
 class FocalTransformer(Backbone):
-    """The pyramid of Fig. 2. `focals` are the summaries seen per axis in each stage, `expand` is the rim's width.
+    """Four stages (section 3.1). `focals` are the summaries seen per axis in each stage, `expand` is the rim's width.
 
     conv_embed: overlapping convolutions (7x7, then 3x3) instead of patches. top: the fast form, with so many cells and
     summaries per window (`expand` and `focals` mean nothing then).
@@ -145,8 +145,9 @@ def _dense(box, mask, box3, mask3, retina, retina3, miou, **more) -> dict[str, f
 
 _CONV, _FAST = dict(conv_embed=True), dict(conv_embed=True, top=128)
 
-# params_m, gmacs and top1 as the repository prints them (for the fast forms without the MLP of offsets: Focal-fast-T
-# counts 5.4 with it as published); box/mask AP: COCO Mask R-CNN 1x and 3x; retinanet: RetinaNet; miou: ADE20K UPerNet at one scale
+# params_m, gmacs and top1 as the repository prints them (its GMACs leave out the MLP of offsets of the fast forms: with
+# it Focal-fast-T counts 5.4); box/mask AP: COCO Mask R-CNN 1x and 3x; retinanet: RetinaNet; miou: ADE20K UPerNet at one
+# scale
 FAMILY = Family(
     name="focal_transformer",
     model=FocalTransformer,

@@ -52,7 +52,7 @@ def leave(state: State, window: tuple[int, ...]) -> Tensor:
 
 
 class MessengerBlock(Block):
-    """Window attention, exchange of messengers in regions of `region` windows per axis, MLP (Fig. 2)."""
+    """Window attention, exchange of messengers in regions of `region` windows per axis, MLP (section 3)."""
 
     def __init__(self, ndim: int, dim: int, heads: int, window: int, region: int, mlp_ratio: float, drop_path: float):
         attn = MessengerWindowAttention(ndim, dim, heads, window)
@@ -64,13 +64,13 @@ class MessengerBlock(Block):
         x, sides = state
         window = self.attn.window
         x = x + self.drop_path(self.attn(self.norm1(x), windows(sides, window, device=x.device)))
-        if self.region > 1:  # in place: the sum above is nobody else's, and a copy of all windows would cost more
+        if self.region > 1:  # in place: no gradient needs the sum as it was, and a copy would pass over all windows
             x[:, :, 0] = shuffle_messengers(x[:, :, 0], window_counts(sides, window), self.region)
         return x + self.drop_path(self.mlp(self.norm2(x))), sides
 
 
 class Merge(PatchEmbed):
-    """3x3 convolution of stride 2, then norm, over the map and over the messengers' map (section 3.4)."""
+    """3x3 convolution of stride 2, then norm, over the map and over the messengers' map."""
 
     def __init__(self, ndim: int, dim: int, out: int, window: int):
         super().__init__(ndim, dim, out, 3, 2, nn.LayerNorm(out))
@@ -85,7 +85,7 @@ class Merge(PatchEmbed):
 
 
 class MSGTransformer(Backbone):
-    """The pyramid of Fig. 2; `regions` are the sides, in windows, of the regions that exchange in each stage.
+    """Four stages; `regions` are the sides, in windows, of the regions that exchange in each stage.
 
     forward_features gives the last map and its messengers (B, W, C), normalised.
     """
