@@ -26,14 +26,6 @@ COUNTS = {
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(name: str = "dat_tiny", ndim: int = 2, **options):
     settings = dict(dims=(8, 16, 24, 32), depths=(2, 1, 2, 1), heads=(2, 2, 3, 4), groups=(1, 2, 3, 2), num_classes=7)
     return fill(vertebra.create_model(name, ndim=ndim, **(settings | options)))

@@ -16,14 +16,6 @@ from vertebra.mixers import DilatedAttention
 COUNTS = {"dilateformer_tiny": 17_238_744, "dilateformer_small": 24_057_504, "dilateformer_base": 47_432_376}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(ndim: int = 2, **options):
     settings = dict(dim=24, depths=(1, 1, 1, 1), heads=(3, 3, 3, 3), num_classes=7) | options
     return fill(vertebra.create_model("dilateformer_tiny", ndim=ndim, **settings))

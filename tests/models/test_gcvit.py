@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import error
+from oracle import error, spread
 
 import vertebra
 from vertebra.mixers import GlobalWindowAttention, WindowAttention
@@ -28,29 +28,10 @@ COUNTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def fill(module):
-    """Weights large enough that every path counts: queries and biases move the softmax, gates the channels."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim == 1:
-                p.normal_(std=0.3).add_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                p.normal_(std=1.0 if name.endswith("table") else p[0].numel() ** -0.5)
-    return module.eval()
-
-
 def small(ndim: int = 2, seed: int = 0, **options):
     torch.manual_seed(seed)
     settings = dict(dim=16, depths=(2, 3, 2, 2), heads=(1, 2, 2, 4), num_classes=7, layer_scale=0.5, img_size=64)
-    return fill(vertebra.create_model("gc_vit_small", ndim=ndim, **(settings | options)))
+    return spread(vertebra.create_model("gc_vit_small", ndim=ndim, **(settings | options)))
 
 
 def to_timm(model) -> dict[str, torch.Tensor]:
@@ -180,7 +161,7 @@ def plain_unit(unit, x):
 
 def test_units_and_downsampler_equal_the_steps_written_out():
     torch.manual_seed(0)
-    down = fill(Downsampler(2, 8, 16))
+    down = spread(Downsampler(2, 8, 16))
     assert {n for n, _ in down.named_parameters() if n.endswith("bias")} == {"norm1.bias", "norm2.bias"}
     x = torch.randn(2, 7, 8, 8)
     with torch.no_grad():
@@ -194,7 +175,7 @@ def test_units_and_downsampler_equal_the_steps_written_out():
 )
 def test_the_query_generator_equals_the_steps_written_out(units, pools, sides):
     torch.manual_seed(0)
-    query = fill(GlobalQuery(2, 8, (2, 3), units, pools))
+    query = spread(GlobalQuery(2, 8, (2, 3), units, pools))
     x = torch.randn(2, *sides, 8)
     with torch.no_grad():
         y = x.movedim(-1, 1)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import error
+from oracle import error, spread
 
 import vertebra
 from vertebra.layers import BatchNorm, RelativePositionBias
@@ -27,34 +27,10 @@ COUNTS = {  # timm's and torchvision's own
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def fill(module):
-    """Weights large enough that every path counts, statistics that are not the initial ones."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim == 1:
-                p.normal_(std=0.3).add_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                p.normal_(std=1.0 if name.endswith("table") else p[0].numel() ** -0.5)
-        for name, b in module.named_buffers():
-            if name.endswith("running_mean"):
-                b.normal_(std=0.3)
-            elif name.endswith("running_var"):
-                b.uniform_(0.5, 2.0)
-    return module.eval()
-
-
 def small(name: str = TINY, ndim: int = 2, seed: int = 0, **options):
     torch.manual_seed(seed)
     settings = dict(dims=(32, 32, 64, 64), depths=(1, 1, 2, 1), stem=32, num_classes=7, img_size=64, window=None)
-    return fill(vertebra.create_model(name, ndim=ndim, **(settings | options)))
+    return spread(vertebra.create_model(name, ndim=ndim, **(settings | options)))
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -103,7 +79,7 @@ def test_logits_equal_torchvision(size, window):
     from torchvision.models.maxvit import MaxVit
 
     torch.manual_seed(0)
-    other = fill(
+    other = spread(
         MaxVit(
             input_size=(size, size),
             stem_channels=32,
@@ -210,7 +186,7 @@ def test_same_padding_is_tensorflow_s(sides, groups, monkeypatch):
 def test_mbconv_equals_the_steps_written_out(tf, stride, out):
     torch.manual_seed(0)
     act = torch.nn.GELU(approximate="tanh" if tf else "none")
-    unit = fill(MBConv(2, 8, out, stride, lambda: act, tf))
+    unit = spread(MBConv(2, 8, out, stride, lambda: act, tf))
 
     def norm(m, y):
         return F.batch_norm(y, m.running_mean, m.running_var, m.weight, m.bias, eps=1e-3)

@@ -19,14 +19,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def filled(model):
     """Norms and statistics away from their initial values."""
     torch.manual_seed(0)

@@ -22,14 +22,6 @@ COUNTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(name: str = TINY, ndim: int = 2, seed: int = 0, **options):
     """Two blocks a stage, narrow, with parameters far enough from zero that every path counts."""
     torch.manual_seed(seed)
