@@ -52,6 +52,14 @@ SMALL: dict[str, tuple[str, dict]] = {
         dict(dim=24, depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), window=3, expand=1, focals=(3, 3, 3, 1)),
     ),
     "msg_transformer": ("msg_tiny_p4_win7_224", dict(dim=32, depths=(1, 1, 2, 1), heads=(2, 2, 4, 4), window=3)),
+    "convnext": ("convnext_tiny", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1))),
+    "inception_next": ("inceptionnext_tiny", dict(dims=(32, 32, 40, 48), depths=(1, 1, 2, 1))),
+    "conv2former": ("conv2former_t", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernel=5)),
+    "smt": ("smt_tiny", dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), heads=(4, 4, 3, 4))),
+    "cmt": (
+        "cmt_ti",
+        dict(stem=8, dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), img_size=64),
+    ),
     "stvit": ("stvit_r_swin_tiny", dict(dim=24, depths=(1, 1, 6, 1), heads=(2, 2, 4, 4), use_global=True)),
 }
 MORE = {
@@ -71,6 +79,7 @@ MORE = {
     "cf_lvvit": ("cf_lvvit_small", dict(dim=32, depth=4, heads=2, img_size=64)),
     "stvit_swin": ("stvit_swin_tiny", dict(dim=24, depths=(1, 1, 5, 1), heads=(2, 2, 4, 4), relative_pos=True)),
     "stvit_deit": ("stvit_deit_tiny", dict(dim=48, depth=4, heads=3, keep=1)),
+    "convnext_isotropic": ("convnext_isotropic_large", dict(dim=32, depth=4)),
     "pvt_v1": ("pvt_tiny", dict(dims=(16, 32, 40, 64), depths=(1, 1, 2, 1))),
     "biformer_nchw": ("biformer_stl_nchw", dict(dims=(32, 32, 64, 64), depths=(1, 1, 2, 1))),
     "dat_pp": ("dat_pp_tiny", dict(dims=(8, 16, 24, 32), depths=(2, 1, 2, 1), heads=(2, 2, 3, 4), groups=(1, 2, 3, 2))),

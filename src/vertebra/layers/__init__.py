@@ -11,9 +11,18 @@ from .attention import (
     split_heads,
 )
 from .block import Block, GridBlock, NextBlock, TokenBlock
-from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite, channel_shuffle, init_fan_out, make_divisible
+from .conv import (
+    ConvNorm,
+    InvertedResidual,
+    ResidualConv,
+    SqueezeExcite,
+    channel_shuffle,
+    init_fan_out,
+    init_truncated,
+    make_divisible,
+)
 from .drop import DropPath, LayerScale, drop_path_rates
-from .embed import CrossScale, PatchEmbed, PatchMerging
+from .embed import ConvStem, CrossScale, PatchEmbed, PatchMerging
 from .mlp import Mlp
 from .position import DynamicPositionBias, Positions, RelativePositionBias, built_grid, relative_index, sincos
 from .reparam import Branches
@@ -42,6 +51,7 @@ __all__ = [
     "Branches",
     "Conv",
     "ConvNorm",
+    "ConvStem",
     "ConvTranspose",
     "CrossAttention",
     "CrossScale",
@@ -73,6 +83,7 @@ __all__ = [
     "drop_path_rates",
     "grid_sample",
     "init_fan_out",
+    "init_truncated",
     "make_divisible",
     "max_pool",
     "merge_heads",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .conv import ConvNorm
 from .space import Conv, pad_to, space_to_depth
 
 
@@ -33,6 +34,25 @@ class PatchEmbed(nn.Module):
         if self.multiple is not None:
             x = pad_to(x, self.multiple)
         return self.norm(self.proj(x))
+
+
+class ConvStem(nn.Module):
+    """A strided convolution, `extra` more, a 2x2 patch, norm: (B, *S, dim) -> (B, *ceil(S / 2) // 2, out).
+
+    Shunted Transformer (arXiv 2111.15193, section 3.3) and SMT (arXiv 2307.08579, section 3.1).
+    """
+
+    def __init__(self, ndim: int, dim: int, out: int, kernel: int = 7, extra: int = 0):
+        super().__init__()
+        self.convs = nn.Sequential(
+            ConvNorm(ndim, dim, out, kernel, 2, act=nn.ReLU),
+            *(ConvNorm(ndim, out, out, 3, act=nn.ReLU) for _ in range(extra)),
+            Conv(ndim, out, out, 2, 2, padding=0),
+        )
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.convs(x))
 
 
 class CrossScale(nn.Module):

@@ -2,6 +2,7 @@
 
 from .agent import AgentAttention
 from .bilevel_routing import BiLevelRoutingAttention
+from .conv_modulation import ConvModulation
 from .conv_projection import ConvProjectionAttention
 from .cross_shaped import CrossShapedAttention
 from .deformable_attention import DeformableAttention
@@ -10,10 +11,12 @@ from .focal import FocalAttention, FocalFastAttention
 from .global_attention import GlobalAttention
 from .global_window import GlobalWindowAttention
 from .hydra import HydraAttention
+from .inception import InceptionMixer
 from .messenger import MessengerAttention
 from .multi_axis import BlockAttention, GridAttention, KeyOffsetBias
 from .neighborhood_attention import NeighborhoodAttention
 from .performer import PerformerAttention
+from .scale_aware import ScaleAwareModulation
 from .separable_attention import SeparableAttention
 from .shunted import LocalEnhancedAttention, ShuntedAttention
 from .spatial_reduction import SpatialReductionAttention
@@ -25,6 +28,7 @@ __all__ = [
     "AgentAttention",
     "BiLevelRoutingAttention",
     "BlockAttention",
+    "ConvModulation",
     "ConvProjectionAttention",
     "CrossShapedAttention",
     "DeformableAttention",
@@ -35,11 +39,13 @@ __all__ = [
     "GlobalWindowAttention",
     "GridAttention",
     "HydraAttention",
+    "InceptionMixer",
     "KeyOffsetBias",
     "LocalEnhancedAttention",
     "MessengerAttention",
     "NeighborhoodAttention",
     "PerformerAttention",
+    "ScaleAwareModulation",
     "SeparableAttention",
     "ShuntedAttention",
     "SpatialReductionAttention",
