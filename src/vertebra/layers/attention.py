@@ -65,12 +65,12 @@ class Attention(nn.Module):
     `bias` broadcasts to (B, heads, L, L) and is added to the scaled logits.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, proj_bias: bool = True):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = split_heads(self.qkv(x), self.heads, 3)

@@ -183,9 +183,13 @@ def avg_pool(
     x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0, count_include_pad: bool = True
 ) -> Tensor:
     """Mean over windows. (B, *S, C) -> (B, *S', C)."""
-    if x.ndim == 5 and padding and count_include_pad:  # torch's 3-D kernel refuses a map smaller than the window
-        x = F.pad(x, [0, 0, *(p for p in reversed(ntuple(padding, 3, "padding")) for _ in range(2))])
-        padding = 0
+    if x.ndim == 5 and padding:  # torch's 3-D kernel refuses a map smaller than the window: pad first
+        pads = [0, 0, *(p for p in reversed(ntuple(padding, 3, "padding")) for _ in range(2))]
+        mean = _pool(_AVG_POOL, F.pad(x, pads), kernel, stride, 0)
+        if count_include_pad:
+            return mean
+        real = _pool(_AVG_POOL, F.pad(x.new_ones(1, *x.shape[1:-1], 1), pads), kernel, stride, 0)
+        return mean / real
     return _pool(_AVG_POOL, x, kernel, stride, padding, count_include_pad=count_include_pad)
 
 

@@ -13,6 +13,7 @@ from .global_window import GlobalWindowAttention
 from .hydra import HydraAttention
 from .inception import InceptionMixer
 from .messenger import MessengerAttention
+from .metaformer import PoolMixer, RandomMixer, SeparableConvMixer, StarReLU
 from .multi_axis import BlockAttention, GridAttention, KeyOffsetBias
 from .neighborhood_attention import NeighborhoodAttention
 from .performer import PerformerAttention
@@ -45,10 +46,14 @@ __all__ = [
     "MessengerAttention",
     "NeighborhoodAttention",
     "PerformerAttention",
+    "PoolMixer",
+    "RandomMixer",
     "ScaleAwareModulation",
     "SeparableAttention",
+    "SeparableConvMixer",
     "ShuntedAttention",
     "SpatialReductionAttention",
+    "StarReLU",
     "SuperTokenAttention",
     "TokenMlp",
     "WindowAttention",
