@@ -62,7 +62,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 def training_step(mixer: nn.Module, x: Tensor) -> None:
     """Forward and backward with gradients of the input and of all parameters."""
-    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *mixer.parameters()])
+    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *(p for p in mixer.parameters() if p.requires_grad)])
 
 
 def measure(make: Callable[[], nn.Module], sides: list[int], train: bool) -> list[float]:

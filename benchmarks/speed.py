@@ -71,20 +71,43 @@ def peer_model(name: str) -> nn.Module:
 # --- equal weights ----------------------------------------------------------------------------------------------------
 
 
-def repvgg_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm has RepVGG under names of its own and no filter for the official ones."""
-    rules = (
+TIMM_NAMES = {  # official names -> timm's, where it has names of its own and no filter for the official ones
+    "repvgg": (
         (r"^stage0\.", "stem."),
         (r"^stage(\d)\.", lambda m: f"stages.{int(m[1]) - 1}."),
         (r"rbr_dense\.", "conv_kxk."),
         (r"rbr_1x1\.", "conv_1x1."),
         (r"rbr_identity\.", "identity."),
         (r"^linear\.", "head.fc."),
-    )
-    out = {}
+    ),
+    "crossvit": ((r"^(pos_embed|cls_token)\.", r"\1_"),),
+    "gcvit": (
+        (r"^patch_embed\.proj", "stem.conv1"),
+        (r"^patch_embed\.conv_down", "stem.down"),
+        (r"^levels\.(\d)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample"),
+        (r"^levels\.", "stages."),
+        (r"q_global_gen\.to_q_global\.(\d)\.conv", lambda m: f"global_block.blocks.conv{int(m[1]) + 1}"),
+        (r"(down|downsample)\.conv\.", r"\1.conv_block."),
+        (r"(conv_block|blocks\.conv\d)\.0\.", r"\1.conv_dw."),
+        (r"(conv_block|blocks\.conv\d)\.2\.fc\.0\.", r"\1.se.fc1."),
+        (r"(conv_block|blocks\.conv\d)\.2\.fc\.2\.", r"\1.se.fc2."),
+        (r"(conv_block|blocks\.conv\d)\.3\.", r"\1.conv_pw."),
+        (r"relative_position_bias_table", "rel_pos.relative_position_bias_table"),
+        (r"gamma([12])$", r"ls\1.gamma"),
+        (r"^norm\.", "stages.3.norm."),
+        (r"^head\.", "head.fc."),
+    ),
+}
+
+
+def renamed(state: dict[str, Tensor], family: str, peer: nn.Module) -> dict[str, Tensor]:
+    """The state under timm's names, in timm's shapes where only axes of one cell differ."""
+    wanted, out = peer.state_dict(), {}
     for key, tensor in state.items():
-        for pattern, new in rules:
+        for pattern, new in TIMM_NAMES[family]:
             key = re.sub(pattern, new, key)
+        if key in wanted and wanted[key].shape != tensor.shape:
+            tensor = tensor.reshape(wanted[key].shape)
         out[key] = tensor
     return out
 
@@ -114,8 +137,9 @@ def copy_weights(ours: nn.Module, peer: nn.Module, x: Tensor) -> float:
     official = {k: v.detach().clone() for k, v in vertebra.to_official(ours).items()}
     timm_filter = getattr(sys.modules[type(peer).__module__], "checkpoint_filter_fn", None)
     ways: list[Callable[[], dict[str, Tensor]]] = [lambda: official]
-    if any("rbr_" in k for k in official):
-        ways.insert(0, lambda: repvgg_to_timm(official))
+    family = vertebra.model_info(ours.recipe["name"]).family
+    if family in TIMM_NAMES:
+        ways.insert(0, lambda: renamed(official, family, peer))
     if timm_filter is not None:
         ways.insert(0, lambda: timm_filter(dict(official), peer))
     ways.append(lambda: by_shape(official, peer))
