@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
+from ..backbone import Backbone, Rules, Stage
 from ..layers import Block, Conv, GroupNorm, Mlp, PatchEmbed, drop_path_rates, init_truncated, ntuple
 from ..mixers import GlobalAttention, PoolMixer, RandomMixer, SeparableConvMixer, StarReLU
 from ..registry import Family, Inputs, Variant, Weights
@@ -143,7 +143,7 @@ class MetaFormer(Backbone):
     `mlp_head` is ConvFormer's and CAFormer's. `img_size` matters to random mixers alone. features_only gives raw maps.
     """
 
-    OFFICIAL = (
+    OFFICIAL: ClassVar[Rules] = (
         (r"^patch_embed\.proj\.", "downsample_layers.0.conv."),
         (r"^patch_embed\.norm\.", "downsample_layers.0.post_norm."),
         (r"^stages\.(\d+)\.down\.", r"downsample_layers.\1."),
@@ -189,7 +189,7 @@ class MetaFormer(Backbone):
         last, hidden = dims[-1], 4 * dims[-1]
         if not self.features_only:
             self.norm = nn.LayerNorm(last, eps=EPS)
-            self.neck = nn.Identity()
+            self.neck: nn.Module = nn.Identity()
             if mlp_head:
                 self.neck = nn.Sequential(nn.Linear(last, hidden), SquaredReLU(), nn.LayerNorm(hidden))
         self.make_head(hidden if mlp_head else last)
