@@ -41,6 +41,12 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "super tokens 8": (lambda: mixers.SuperTokenAttention(2, DIM, HEADS, 8), "linear"),
     "agents 49": (lambda: mixers.AgentAttention(2, DIM, HEADS, 56, 49), "linear"),
     "performer": (lambda: mixers.PerformerAttention(DIM, HEADS), "linear"),
+    "inception": (lambda: mixers.InceptionMixer(2, DIM), "linear"),
+    "convolutional modulation 11": (lambda: mixers.ConvModulation(2, DIM, 11), "linear"),
+    "scale-aware modulation": (lambda: mixers.ScaleAwareModulation(2, DIM), "linear"),
+    "pooling": (lambda: mixers.PoolMixer(), "linear"),
+    "separable convolution 7": (lambda: mixers.SeparableConvMixer(2, DIM), "linear"),
+    "fixed random 14 x 14": (lambda: mixers.RandomMixer((14, 14)), "linear"),
     "token MLP 14 x 14": (lambda: mixers.TokenMlp((14, 14), 48), "linear"),
     "hydra": (lambda: mixers.HydraAttention(DIM), "linear"),
     "separable": (lambda: mixers.SeparableAttention(DIM), "linear"),
@@ -62,7 +68,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 def training_step(mixer: nn.Module, x: Tensor) -> None:
     """Forward and backward with gradients of the input and of all parameters."""
-    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *(p for p in mixer.parameters() if p.requires_grad)])
+    trained = [p for p in mixer.parameters() if p.requires_grad]
+    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *trained])
 
 
 def measure(make: Callable[[], nn.Module], sides: list[int], train: bool) -> list[float]:
