@@ -10,7 +10,7 @@ from .attention import (
     record_attention,
     split_heads,
 )
-from .block import Block, GridBlock, NextBlock, TokenBlock
+from .block import Block, DownBlock, GridBlock, NextBlock, TokenBlock
 from .conv import (
     ConvNorm,
     InvertedResidual,
@@ -22,7 +22,7 @@ from .conv import (
     make_divisible,
 )
 from .drop import DropPath, LayerScale, drop_path_rates
-from .embed import ConvStem, CrossScale, PatchEmbed, PatchMerging
+from .embed import ConvStem, CrossScale, DeepStem, PatchEmbed, PatchMerging
 from .mlp import Mlp
 from .position import DynamicPositionBias, Positions, RelativePositionBias, built_grid, relative_index, sincos
 from .reparam import Branches
@@ -31,6 +31,7 @@ from .space import (
     Conv,
     ConvTranspose,
     GroupNorm,
+    OneGroup,
     adaptive_avg_pool,
     avg_pool,
     crop,
@@ -55,6 +56,8 @@ __all__ = [
     "ConvTranspose",
     "CrossAttention",
     "CrossScale",
+    "DeepStem",
+    "DownBlock",
     "DropPath",
     "DynamicPositionBias",
     "GridBlock",
@@ -63,6 +66,7 @@ __all__ = [
     "LayerScale",
     "Mlp",
     "NextBlock",
+    "OneGroup",
     "PatchEmbed",
     "PatchMerging",
     "Positions",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .conv import ConvNorm
-from .space import Conv, pad_to, space_to_depth
+from .space import Conv, OneGroup, pad_to, space_to_depth
 
 
 class PatchEmbed(nn.Module):
@@ -53,6 +53,24 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.convs(x))
+
+
+class DeepStem(nn.Module):
+    """Four 3x3 convolutions, the first two strided, then 1x1 and a norm: (B, *S, dim) -> (B, *ceil(S / 4), out).
+
+    The norm has one group. CloFormer (arXiv 2303.17803) and FAT (arXiv 2306.00396).
+    """
+
+    def __init__(self, ndim: int, dim: int, out: int):
+        super().__init__()
+        widths = (dim, out // 2, out, out, out)
+        self.convs = nn.Sequential(
+            *(ConvNorm(ndim, widths[i], widths[i + 1], 3, 2 if i < 2 else 1, act=nn.ReLU, bias=True) for i in range(4))
+        )
+        self.proj, self.norm = Conv(ndim, out, out), OneGroup(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(self.convs(x)))
 
 
 class CrossScale(nn.Module):

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Rules, Stage
-from ..layers import Block, Conv, GroupNorm, Mlp, PatchEmbed, drop_path_rates, init_truncated, ntuple
+from ..layers import Block, Conv, Mlp, OneGroup, PatchEmbed, drop_path_rates, init_truncated, ntuple
 from ..mixers import GlobalAttention, PoolMixer, RandomMixer, SeparableConvMixer, StarReLU
 from ..registry import Family, Inputs, Variant, Weights
 
 EPS, HEAD = 1e-6, 32
-OneGroup = partial(GroupNorm, 1)
 
 
 class PoolFormer(Backbone):
