@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from oracle import error, fill
 
 import vertebra
-from vertebra.mixers.cascaded_group import CascadedGroupAttention, DistanceBias
+from vertebra.mixers import CascadedGroupAttention, DistanceBias
 
 SMALL = dict(dims=(32, 48, 64), depths=(1, 1, 2), heads=(2, 3, 4), kernels=(7, 5, 3, 3))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Branches
+from ..layers import Branches, Conv
 
 # (kernel, dilation) of the branches beside each large kernel, as the paper's code has them
 BRANCHES = {
@@ -30,7 +30,12 @@ class DilatedReparam(nn.Module):
         if kernel not in BRANCHES:
             raise ValueError(f"kernel must be one of {sorted(BRANCHES)}, got {kernel!r}")
         beside = {f"k{size}_{dilation}": (size, dilation) for size, dilation in BRANCHES[kernel]}
-        self.large = Branches(ndim, dim, dim, {"main": kernel, **beside}, groups=dim)
+        self.large: nn.Module = Branches(ndim, dim, dim, {"main": kernel, **beside}, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.large(x)
+
+    def merged(self) -> Conv:
+        """The large kernel with all branches in it."""
+        assert isinstance(self.large, Branches)
+        return self.large.fuse()

@@ -46,7 +46,9 @@ class ResponseNorm(nn.Module):
 
     def __init__(self, ndim: int, dim: int):
         super().__init__()
-        self.gamma, self.beta = (nn.Parameter(torch.zeros(*(1,) * (ndim + 1), dim)) for _ in range(2))
+        shape = (*(1,) * (ndim + 1), dim)
+        self.gamma = nn.Parameter(torch.zeros(shape))
+        self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim - 1)), keepdim=True)
@@ -61,7 +63,8 @@ class GatedMlp(nn.Module):
         super().__init__()
         self.se = SqueezeExcite(ndim, dim, dim // 4)
         self.fc1, self.grn = nn.Linear(dim, 4 * dim), ResponseNorm(ndim, 4 * dim)
-        self.fc2, self.norm = nn.Linear(4 * dim, dim, bias=False), BatchNorm(dim)
+        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+        self.norm: nn.Module = BatchNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.fc2(self.grn(F.gelu(self.fc1(self.se(x))))))
@@ -91,7 +94,7 @@ class Block(NextBlock):
         if isinstance(self.norm, BatchNorm):
             assert isinstance(self.mlp, GatedMlp) and isinstance(self.scale, LayerScale)
             if isinstance(self.mixer, DilatedReparam):
-                self.mixer.large = fold(self.mixer.large.fuse(), self.norm)
+                self.mixer.large = fold(self.mixer.merged(), self.norm)
             else:
                 self.mixer = fold(self.mixer, self.norm)
             self.mlp.absorb(self.scale.gamma)
