@@ -45,7 +45,6 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clo 4, local and pooled": (lambda: mixers.CloAttention(2, DIM, HEADS, (1, 2), (7,), 4), "linear"),
     "fully adaptive 4": (lambda: mixers.FullyAdaptiveAttention(2, DIM, HEADS, 7, 4), "linear"),
     "sparse global 4": (lambda: mixers.SparseGlobalAttention(2, DIM, HEADS, 4), "linear"),
-    "cascaded groups 7": (lambda: mixers.CascadedGroupAttention(2, DIM, HEADS, 7), "linear"),
     "chunks": (lambda: mixers.ChunkMixer(2, DIM), "linear"),
     "dilated branches 13": (lambda: mixers.DilatedReparam(2, DIM, 13), "linear"),
     "RepMixer": (lambda: mixers.RepMixer(2, DIM), "linear"),

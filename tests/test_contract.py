@@ -62,7 +62,6 @@ SMALL: dict[str, tuple[str, dict]] = {
     "conv2former": ("conv2former_t", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernel=5)),
     "smt": ("smt_tiny", dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), heads=(4, 4, 3, 4))),
     "edgevit": ("edgevit_xxs", dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), heads=(1, 2, 2, 4))),
-    "efficientvit": ("efficientvit_m0", dict(dims=(16, 32, 48), depths=(1, 1, 2), heads=(2, 2, 3), window=2)),
     "fastvit": ("fastvit_sa12", dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), layer_scale=0.5)),
     "cmt": (
         "cmt_ti",
