@@ -27,6 +27,7 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "local enhanced": (lambda: mixers.LocalEnhancedAttention(2, DIM, HEADS), "linear"),
     "convolutional projection": (lambda: mixers.ConvProjectionAttention(2, DIM, HEADS), "linear"),
     "window 7, shifted": (lambda: mixers.WindowAttention(2, DIM, HEADS, 7, 3), "linear"),
+    "spread window 7": (lambda: mixers.SpreadWindowAttention(2, DIM, HEADS, 7), "linear"),
     "global query in windows": (lambda: mixers.GlobalWindowAttention(2, DIM, HEADS, 7), "linear"),
     "block 7": (lambda: mixers.BlockAttention(2, DIM, HEADS, 7), "linear"),
     "grid 7": (lambda: mixers.GridAttention(2, DIM, HEADS, 7), "linear"),
@@ -41,6 +42,18 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "super tokens 8": (lambda: mixers.SuperTokenAttention(2, DIM, HEADS, 8), "linear"),
     "agents 49": (lambda: mixers.AgentAttention(2, DIM, HEADS, 56, 49), "linear"),
     "performer": (lambda: mixers.PerformerAttention(DIM, HEADS), "linear"),
+    "clo 4, local and pooled": (lambda: mixers.CloAttention(2, DIM, HEADS, (1, 2), (7,), 4), "linear"),
+    "fully adaptive 4": (lambda: mixers.FullyAdaptiveAttention(2, DIM, HEADS, 7, 4), "linear"),
+    "sparse global 4": (lambda: mixers.SparseGlobalAttention(2, DIM, HEADS, 4), "linear"),
+    "chunks": (lambda: mixers.ChunkMixer(2, DIM), "linear"),
+    "dilated branches 13": (lambda: mixers.DilatedReparam(2, DIM, 13), "linear"),
+    "RepMixer": (lambda: mixers.RepMixer(2, DIM), "linear"),
+    "inception": (lambda: mixers.InceptionMixer(2, DIM), "linear"),
+    "convolutional modulation 11": (lambda: mixers.ConvModulation(2, DIM, 11), "linear"),
+    "scale-aware modulation": (lambda: mixers.ScaleAwareModulation(2, DIM), "linear"),
+    "pooling": (lambda: mixers.PoolMixer(), "linear"),
+    "separable convolution 7": (lambda: mixers.SeparableConvMixer(2, DIM), "linear"),
+    "fixed random 14 x 14": (lambda: mixers.RandomMixer((14, 14)), "linear"),
     "token MLP 14 x 14": (lambda: mixers.TokenMlp((14, 14), 48), "linear"),
     "hydra": (lambda: mixers.HydraAttention(DIM), "linear"),
     "separable": (lambda: mixers.SeparableAttention(DIM), "linear"),
@@ -62,7 +75,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 def training_step(mixer: nn.Module, x: Tensor) -> None:
     """Forward and backward with gradients of the input and of all parameters."""
-    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *(p for p in mixer.parameters() if p.requires_grad)])
+    trained = [p for p in mixer.parameters() if p.requires_grad]
+    torch.autograd.grad(mixer(x.requires_grad_()).sum(), [x, *trained])
 
 
 def measure(make: Callable[[], nn.Module], sides: list[int], train: bool) -> list[float]:

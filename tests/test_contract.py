@@ -52,7 +52,42 @@ SMALL: dict[str, tuple[str, dict]] = {
         dict(dim=24, depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), window=3, expand=1, focals=(3, 3, 3, 1)),
     ),
     "msg_transformer": ("msg_tiny_p4_win7_224", dict(dim=32, depths=(1, 1, 2, 1), heads=(2, 2, 4, 4), window=3)),
+    "mobilenet_v2": ("mobilenet_v2_w0_35", {}),
+    "mobilevit": ("mobilevit_xx_small", dict(dims=(8, 16, 24, 24, 32), widths=(16, 16, 24), depths=(1, 1, 1), stem=8)),
+    "separable_attention": ("mobilevitv2_050", dict(width=0.25, depths=(1, 1, 1))),
+    "shufflenet": ("shufflenet_v1_x0_5_g3", dict(stem=6, dims=(24, 48, 96))),
+    "metaformer": ("caformer_s18", dict(dims=(16, 24, 32, 64), depths=(1, 1, 2, 1))),
+    "convnext": ("convnext_tiny", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1))),
+    "inception_next": ("inceptionnext_tiny", dict(dims=(32, 32, 40, 48), depths=(1, 1, 2, 1))),
+    "conv2former": ("conv2former_t", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernel=5)),
+    "smt": ("smt_tiny", dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), heads=(4, 4, 3, 4))),
+    "edgevit": ("edgevit_xxs", dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), heads=(1, 2, 2, 4))),
+    "fastvit": ("fastvit_sa12", dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), layer_scale=0.5)),
+    "cmt": (
+        "cmt_ti",
+        dict(stem=8, dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), img_size=64),
+    ),
+    "unireplknet": (
+        "unireplknet_t",
+        dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernels=((3,), (7,), (7, 3), (7,))),
+    ),
+    "repnext": ("repnext_m0", dict(dim=16, depths=(1, 1, 2, 1))),
+    "cloformer": (
+        "cloformer_xxs",
+        dict(dims=(16, 24, 32, 40), depths=(2, 1, 2, 1), heads=(2, 2, 4, 4), shares=((1, 1), (1, 1), (2, 2), (1, 3))),
+    ),
+    "fat": ("fat_b0", dict(dims=(16, 24, 32, 40), depths=(2, 1, 2, 1), heads=(2, 2, 4, 4))),
     "stvit": ("stvit_r_swin_tiny", dict(dim=24, depths=(1, 1, 6, 1), heads=(2, 2, 4, 4), use_global=True)),
+    "mobile_former": (
+        "mobile_former_96m",
+        dict(
+            rows=(((2, 0, 8, 1), (2, 2, 12, 2)), ((2, 2, 16, 2), (3, 16)), ((2, 2, 24, 2),), ((2, 2, 32, 2), (2, 40))),
+            stem=8,
+            tokens=(3, 16),
+            neck=32,
+        ),
+    ),
+    "emo": ("emo_1m", dict(dims=(16, 24, 40, 42), depths=(1, 2, 2, 2), stem=8, window=4)),
 }
 MORE = {
     "focal_fast": (
@@ -71,9 +106,25 @@ MORE = {
     "cf_lvvit": ("cf_lvvit_small", dict(dim=32, depth=4, heads=2, img_size=64)),
     "stvit_swin": ("stvit_swin_tiny", dict(dim=24, depths=(1, 1, 5, 1), heads=(2, 2, 4, 4), relative_pos=True)),
     "stvit_deit": ("stvit_deit_tiny", dict(dim=48, depth=4, heads=3, keep=1)),
+    "shufflenet_v2": ("shufflenet_v2_x0_5", dict(stem=8, dims=(16, 32, 64), last=64)),
+    "shufflenet_megvii": ("shufflenet_v2_x0_5_megvii", dict(stem=8, dims=(16, 32, 64), last=64)),
+    "fastvit_t": ("fastvit_t8", dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), layer_scale=0.5)),
+    "poolformer": ("poolformer_s12", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1))),
+    "randformer": ("randformer_s12", dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1), img_size=64)),
+    "convnext_isotropic": ("convnext_isotropic_large", dict(dim=32, depth=4)),
     "pvt_v1": ("pvt_tiny", dict(dims=(16, 32, 40, 64), depths=(1, 1, 2, 1))),
+    "separable_attention_cvnets": ("mobilevit_v2_050_cvnets", dict(width=0.25, depths=(1, 1, 1))),
     "biformer_nchw": ("biformer_stl_nchw", dict(dims=(32, 32, 64, 64), depths=(1, 1, 2, 1))),
     "dat_pp": ("dat_pp_tiny", dict(dims=(8, 16, 24, 32), depths=(2, 1, 2, 1), heads=(2, 2, 3, 4), groups=(1, 2, 3, 2))),
+    "mobile_former_groups": (
+        "mobile_former_26m",
+        dict(
+            rows=(((2, 0, 8, 2), (2, 8)), ((2, 2, 16, 2), (3, 16)), ((2, 2, 24, 2),), ((2, 2, 32, 2), (2, 40))),
+            stem=8,
+            tokens=(3, 16),
+            neck=32,
+        ),
+    ),
 }
 NETS = SMALL | MORE
 NO_DENSE = {"cf_vit", "cf_lvvit", "stvit_swin", "stvit_deit"}  # their idea leaves no dense version

@@ -28,6 +28,11 @@ def conv_norms(ours: str, theirs: str, step: int = 3) -> tuple[str, Callable]:
     return rf"^{ours}\.(\d+)\.(conv|norm)\.", lambda m: f"{theirs}.{step * int(m[1]) + (m[2] == 'norm')}."
 
 
+def four_taps(depth: int) -> tuple[int, ...]:
+    """Four blocks of a network without stages, spread evenly over the depth, the last among them."""
+    return tuple(sorted({max(depth * k // 4 - 1, 0) for k in (1, 2, 3, 4)}))
+
+
 @contextlib.contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms of `module` leave their running statistics alone: a recomputed forward must not count twice.

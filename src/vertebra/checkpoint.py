@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, build
 from .download import fetch
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "ema", "state_dict", "model_state", "model", "network")
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "ema", "state_dict", "model_state", "model", "network", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 _SHOWN = 6
 
@@ -134,8 +134,8 @@ def _source(source: Any, sha256: str) -> tuple[dict[str, Tensor], str]:
 
 
 def official_name(model: Backbone, name: str) -> str:
-    """The official name of our tensor `name`: the rules of the model's class, applied in order."""
-    for pattern, replacement in type(model).OFFICIAL:
+    """The official name of our tensor `name`: its rules, applied in order."""
+    for pattern, replacement in model.OFFICIAL:  # a class attribute, or a property where it depends on the sizes
         name = re.sub(pattern, replacement, name)
     return name
 

@@ -107,3 +107,13 @@ def test_statistics(split):
 def test_derive_is_fixed():
     assert derive(0, 1) != derive(1, 0) and 0 <= derive(3, 4, 5) < 2**63
     assert derive(0, 0) == 5104172916443561106
+
+
+def test_channels_are_turned_round_for_models_that_were_trained_on_bgr():
+    image = torch.arange(3 * 32 * 32).remainder(251).to(torch.uint8).reshape(3, 32, 32)
+    plain = View((32, 32), 3, (0.0,) * 3, (1.0,) * 3)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    turned = View((32, 32), 3, mean, std, order="BGR")
+    want = (eval_transform(plain)(image).flip(0) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(eval_transform(turned)(image), want)
+    torch.testing.assert_close(train_transform(turned, "none")(image), want)

@@ -14,6 +14,7 @@ from vertebra.layers import (
     Conv,
     ConvTranspose,
     GroupNorm,
+    OneGroup,
     adaptive_avg_pool,
     avg_pool,
     crop,
@@ -458,3 +459,24 @@ def test_bfloat16_convolution_of_two_channels_with_a_large_kernel(ndim):
         full = layer(x)
         half = layer.bfloat16()(x.bfloat16()).float()
     assert ((half - full).norm() / full.norm()).item() <= 0.02
+
+
+@pytest.mark.parametrize("count", (True, False))
+@pytest.mark.parametrize("sides", [(2, 2, 2), (1, 3, 2), (5, 4, 6)])
+def test_average_pooling_of_volumes_smaller_than_the_window(sides, count):
+    torch.manual_seed(0)
+    x = torch.randn(2, *sides, 3)
+    y = avg_pool(x, 3, 1, 1, count_include_pad=count)
+    for cell in itertools.product(*map(range, sides)):
+        near = x[(slice(None), *(slice(max(c - 1, 0), c + 2) for c in cell))].flatten(1, -2)
+        expected = near.sum(1) / (27 if count else near.shape[1])
+        torch.testing.assert_close(y[(slice(None), *cell)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ndim", (1, 2, 3))
+def test_one_group_is_a_group_norm_of_one_group(ndim):
+    torch.manual_seed(0)
+    norm, x = OneGroup(5, 1e-3), 2 + 3 * torch.randn(2, *(4, 5, 3)[:ndim], 5)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    y = F.group_norm(x.movedim(-1, 1).contiguous(), 1, norm.weight, norm.bias, 1e-3).movedim(1, -1)
+    torch.testing.assert_close(norm(x), y, rtol=1e-5, atol=1e-5)

@@ -56,6 +56,12 @@ CALLS: dict[str, tuple[str, dict, bool]] = {
         {"use_global": True, "shortcut": True, "relative_pos": True},
         False,
     ),
+    "emo_2m_256x192": ("emo_2m", {}, False),
+    "fastvit_t8_fused": ("fastvit_t8", {}, True),
+    "mobilevit_xx_small_224x224": ("mobilevit_xx_small", {}, False),
+    "mobilevitv2_050_224x224": ("mobilevitv2_050", {}, False),
+    "repnext_m0_fused": ("repnext_m0", {}, True),
+    "unireplknet_a_deploy": ("unireplknet_a", {}, True),
     "svit_small_200x168": ("svit_small", {}, False),
     "svit_small_iter2": ("svit_small", {"iterations": (2, 2, 1, 1)}, False),
 }

@@ -41,6 +41,8 @@ def write(name: str, table: dict) -> None:
 
 
 if __name__ == "__main__":
+    if not GOLDEN.is_dir():
+        raise SystemExit(f"{GOLDEN}: no such folder; set VERTEBRA_SHARED to the folder that holds golden/")
     table = {
         f"{family}/{path.stem}": row(path)
         for family in vertebra.list_families()

@@ -28,3 +28,14 @@ def test_bad_settings_are_one_line(setting, message):
     with pytest.raises(ConfigError, match=message) as error:
         make_config({}, [setting])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "order"), [("shufflenet_v2_x0_5_megvii", "BGR"), ("shufflenet_v2_x0_5", "RGB")])
+def test_the_order_of_channels_is_what_the_published_weights_expect(name, order):
+    from vertebra.data import open_source
+    from vertebra.train.build import make_view, resolve
+
+    config = make_config({}, [f"model={name}", "channels=3", "limit=20"])
+    view = make_view(resolve(config, open_source("digits")))
+    assert view.order == order
+    assert view.std == ((1 / 255,) * 3 if order == "BGR" else (0.229, 0.224, 0.225))

@@ -22,6 +22,7 @@ class View:
     std: tuple[float, ...]
     crop: float = 1.0  # share of the shorter side that testing keeps; at 1.0 the image is stretched to `size` instead
     interpolation: str = "bilinear"
+    order: str = "RGB"  # BGR: channels are turned round before mean and std, which then are in that order too
 
 
 def eval_transform(view: View) -> v2.Compose:
@@ -73,7 +74,15 @@ def statistics(split: Split, channels: int, most: int = 2000) -> tuple[tuple[flo
 
 
 def _finish(view: View) -> list[torch.nn.Module]:
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(view.mean), list(view.std))]
+    turned = [_Reversed()] if view.order == "BGR" and view.channels == 3 else []
+    return [*turned, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(view.mean), list(view.std))]
+
+
+class _Reversed(torch.nn.Module):
+    """RGB to BGR."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flip(-3)
 
 
 class _Channels(torch.nn.Module):

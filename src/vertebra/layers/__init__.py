@@ -10,10 +10,19 @@ from .attention import (
     record_attention,
     split_heads,
 )
-from .block import Block, GridBlock, NextBlock, TokenBlock
-from .conv import ConvNorm, InvertedResidual, ResidualConv, SqueezeExcite, channel_shuffle, init_fan_out, make_divisible
+from .block import Block, DownBlock, GridBlock, NextBlock, TokenBlock
+from .conv import (
+    ConvNorm,
+    InvertedResidual,
+    ResidualConv,
+    SqueezeExcite,
+    channel_shuffle,
+    init_fan_out,
+    init_truncated,
+    make_divisible,
+)
 from .drop import DropPath, LayerScale, drop_path_rates
-from .embed import CrossScale, PatchEmbed, PatchMerging
+from .embed import ConvStem, CrossScale, DeepStem, PatchEmbed, PatchMerging
 from .mlp import Mlp
 from .position import DynamicPositionBias, Positions, RelativePositionBias, built_grid, relative_index, sincos
 from .reparam import Branches
@@ -22,6 +31,7 @@ from .space import (
     Conv,
     ConvTranspose,
     GroupNorm,
+    OneGroup,
     adaptive_avg_pool,
     avg_pool,
     crop,
@@ -42,9 +52,12 @@ __all__ = [
     "Branches",
     "Conv",
     "ConvNorm",
+    "ConvStem",
     "ConvTranspose",
     "CrossAttention",
     "CrossScale",
+    "DeepStem",
+    "DownBlock",
     "DropPath",
     "DynamicPositionBias",
     "GridBlock",
@@ -53,6 +66,7 @@ __all__ = [
     "LayerScale",
     "Mlp",
     "NextBlock",
+    "OneGroup",
     "PatchEmbed",
     "PatchMerging",
     "Positions",
@@ -73,6 +87,7 @@ __all__ = [
     "drop_path_rates",
     "grid_sample",
     "init_fan_out",
+    "init_truncated",
     "make_divisible",
     "max_pool",
     "merge_heads",

@@ -33,11 +33,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: f
     """
     if bias is not None:
         bias = bias.to(q.dtype)
-    if _recorder is not None:
+    # torch has no fused CPU kernel for values of another width than the keys, and its fallback takes twice as long
+    unequal = q.device.type == "cpu" and v.shape[-1] != q.shape[-1]
+    if _recorder is not None or unequal:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         logits = (q * scale) @ k.transpose(-2, -1)
         weights = (logits if bias is None else logits + bias).softmax(-1)
-        _recorder.append(weights.detach())
+        if _recorder is not None:
+            _recorder.append(weights.detach())
         return weights @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
@@ -65,12 +68,12 @@ class Attention(nn.Module):
     `bias` broadcasts to (B, heads, L, L) and is added to the scaled logits.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, proj_bias: bool = True):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = split_heads(self.qkv(x), self.heads, 3)

@@ -36,6 +36,22 @@ class Block(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
+class DownBlock(Block):
+    """x + attn(norm1 x), then shortcut(x) + mlp(norm2 x), which makes the map smaller: (B, *S, C) -> (B, *S', C').
+
+    `mlp` and `shortcut` both give the new map; attention still sees the large one (CloFormer, FAT).
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, shortcut: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(dim, attn, mlp, *args, **kwargs)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.position(x)
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return self.shortcut(x) + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
 class NextBlock(nn.Module):
     """x + mlp(norm(mixer x)): one residual around token mixer and MLP; (B, *S, C) -> (B, *S, C).
 

@@ -102,6 +102,15 @@ class InvertedResidual(nn.Module):
         return x + self.drop_path(y) if self.residual else y
 
 
+def init_truncated(module: nn.Module, std: float = 0.02) -> None:
+    """Every convolution and linear layer truncated normal, its bias zero: ConvNeXt's rule."""
+    for part in module.modules():
+        if isinstance(part, Conv | nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 def init_fan_out(module: nn.Module) -> None:
     """Every convolution in `module` normal with variance 2 / fan out, its bias zero: the rule of PVT's descendants."""
     for part in module.modules():

@@ -34,16 +34,19 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """One learned factor per channel (arXiv 2103.17239, eq. 5): (..., C) -> (..., C)."""
+    """One learned factor per channel (arXiv 2103.17239, eq. 5): (..., C) -> (..., C).
+
+    With `ndim` it is stored with that many trailing axes of one, as checkpoints of channels-first networks have it.
+    """
 
     no_decay = ("gamma",)
 
-    def __init__(self, dim: int, value: float = 1e-5):
+    def __init__(self, dim: int, value: float = 1e-5, ndim: int = 0):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.full((dim, *(1,) * ndim), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+        return x * self.gamma.view(-1)
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .space import Conv, pad_to, space_to_depth
+from .conv import ConvNorm
+from .space import Conv, OneGroup, pad_to, space_to_depth
 
 
 class PatchEmbed(nn.Module):
@@ -33,6 +34,43 @@ class PatchEmbed(nn.Module):
         if self.multiple is not None:
             x = pad_to(x, self.multiple)
         return self.norm(self.proj(x))
+
+
+class ConvStem(nn.Module):
+    """A strided convolution, `extra` more, a 2x2 patch, norm: (B, *S, dim) -> (B, *ceil(S / 2) // 2, out).
+
+    Shunted Transformer (arXiv 2111.15193, section 3.3) and SMT (arXiv 2307.08579, section 3.1).
+    """
+
+    def __init__(self, ndim: int, dim: int, out: int, kernel: int = 7, extra: int = 0):
+        super().__init__()
+        self.convs = nn.Sequential(
+            ConvNorm(ndim, dim, out, kernel, 2, act=nn.ReLU),
+            *(ConvNorm(ndim, out, out, 3, act=nn.ReLU) for _ in range(extra)),
+            Conv(ndim, out, out, 2, 2, padding=0),
+        )
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.convs(x))
+
+
+class DeepStem(nn.Module):
+    """Four 3x3 convolutions, the first two strided, then 1x1 and a norm: (B, *S, dim) -> (B, *ceil(S / 4), out).
+
+    The norm has one group. CloFormer (arXiv 2303.17803) and FAT (arXiv 2306.00396).
+    """
+
+    def __init__(self, ndim: int, dim: int, out: int):
+        super().__init__()
+        widths = (dim, out // 2, out, out, out)
+        self.convs = nn.Sequential(
+            *(ConvNorm(ndim, widths[i], widths[i + 1], 3, 2 if i < 2 else 1, act=nn.ReLU, bias=True) for i in range(4))
+        )
+        self.proj, self.norm = Conv(ndim, out, out), OneGroup(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(self.convs(x)))
 
 
 class CrossScale(nn.Module):

@@ -55,6 +55,10 @@ def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=
     if weight.ndim == 3:
         y = conv(_rank2(x), weight.unsqueeze(2), bias, (1, *stride), (0, *padding), (1, *dilation), groups)
         return y.squeeze(1)
+    if weight.ndim == 5 and groups > 1 and stride[0] > 1 and weight.shape[2] >= 7:
+        # torch's CPU weight gradient of a strided depthwise 3-D kernel of 7, on maps 5 to 7 deep, writes outside of its
+        # memory when it pads the first axis itself (seen in torch 2.15)
+        x, padding = F.pad(x, (0, 0, 0, 0, 0, 0, padding[0], padding[0])), (0, *padding[1:])
     y = _CONV[weight.ndim - 2](channels_first(x), weight, bias, stride, padding, dilation, groups)
     return channels_last(y)
 
@@ -94,6 +98,9 @@ class Conv(nn.Module):
         self.pointwise = single and groups == 1
         self.sampled = single and math.prod(self.stride) > 1
         self.widened = dim == 2 and groups == 1 and max(self.kernel) >= 32
+        self.sunk = (
+            ndim == 3 and groups == dim > 1 and self.stride[0] > 1 and self.kernel[0] > 3 and self.padding[0] > 0
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,7 +125,12 @@ class Conv(nn.Module):
         if self.widened:
             # torch 2.15's bfloat16 convolution of two channels with kernels of 32 is wrong on AMX CPUs; three are right
             x, weight = F.pad(x, (0, 1)), F.pad(weight, (*(0, 0) * len(stride), 0, 1))
-        return conv(x, weight, self.bias, stride, self.padding, self.dilation, self.groups)
+        padding = self.padding
+        if self.sunk:
+            # torch 2.15's CPU weight gradient of a strided depthwise 7x7x7, channels last, writes outside of its memory
+            # where the first side is 5 or 7; without padding along that axis it does not
+            x, padding = F.pad(x, (*(0, 0) * 3, padding[0], padding[0])), (0, *padding[1:])
+        return conv(x, weight, self.bias, stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         out, dim = self.weight.shape[:2]
@@ -165,6 +177,20 @@ class GroupNorm(nn.GroupNorm):
         return channels_last(super().forward(channels_first(x)))
 
 
+class OneGroup(nn.GroupNorm):
+    """Norm of each sample over all its channels and cells, weight and bias per channel: (B, *S, C) -> (B, *S, C).
+
+    Runs as a layer norm over the whole sample: torch's group norm subtracts squares on channels-last memory on the
+    CPU, which costs a digit and adds up over the norms of a network.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(1, dim, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[1:], eps=self.eps), self.weight)
+
+
 def _pool(table, x, kernel, stride, padding, **options) -> Tensor:
     ndim = x.ndim - 2
     kernel = ntuple(kernel, ndim, "kernel")
@@ -183,9 +209,13 @@ def avg_pool(
     x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0, count_include_pad: bool = True
 ) -> Tensor:
     """Mean over windows. (B, *S, C) -> (B, *S', C)."""
-    if x.ndim == 5 and padding and count_include_pad:  # torch's 3-D kernel refuses a map smaller than the window
-        x = F.pad(x, [0, 0, *(p for p in reversed(ntuple(padding, 3, "padding")) for _ in range(2))])
-        padding = 0
+    if x.ndim == 5 and padding:  # torch's 3-D kernel refuses a map smaller than the window: pad first
+        pads = [0, 0, *(p for p in reversed(ntuple(padding, 3, "padding")) for _ in range(2))]
+        mean = _pool(_AVG_POOL, F.pad(x, pads), kernel, stride, 0)
+        if count_include_pad:
+            return mean
+        real = _pool(_AVG_POOL, F.pad(x.new_ones(1, *x.shape[1:-1], 1), pads), kernel, stride, 0)
+        return mean / real
     return _pool(_AVG_POOL, x, kernel, stride, padding, count_include_pad=count_include_pad)
 
 

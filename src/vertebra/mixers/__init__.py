@@ -2,21 +2,32 @@
 
 from .agent import AgentAttention
 from .bilevel_routing import BiLevelRoutingAttention
+from .chunk import ChunkMixer
+from .clo_attention import CloAttention
+from .conv_modulation import ConvModulation
 from .conv_projection import ConvProjectionAttention
 from .cross_shaped import CrossShapedAttention
 from .deformable_attention import DeformableAttention
 from .dilated_attention import DilatedAttention
+from .dilated_reparam import DilatedReparam
+from .fasa import FullyAdaptiveAttention
 from .focal import FocalAttention, FocalFastAttention
 from .global_attention import GlobalAttention
 from .global_window import GlobalWindowAttention
 from .hydra import HydraAttention
+from .inception import InceptionMixer
 from .messenger import MessengerAttention
+from .metaformer import PoolMixer, RandomMixer, SeparableConvMixer, StarReLU
 from .multi_axis import BlockAttention, GridAttention, KeyOffsetBias
 from .neighborhood_attention import NeighborhoodAttention
 from .performer import PerformerAttention
+from .rep_mixer import RepMixer
+from .scale_aware import ScaleAwareModulation
 from .separable_attention import SeparableAttention
 from .shunted import LocalEnhancedAttention, ShuntedAttention
+from .sparse_global import SparseGlobalAttention
 from .spatial_reduction import SpatialReductionAttention
+from .spread_window import SpreadWindowAttention
 from .super_token import SuperTokenAttention
 from .token_mlp import TokenMlp
 from .window_attention import WindowAttention
@@ -25,24 +36,38 @@ __all__ = [
     "AgentAttention",
     "BiLevelRoutingAttention",
     "BlockAttention",
+    "ChunkMixer",
+    "CloAttention",
+    "ConvModulation",
     "ConvProjectionAttention",
     "CrossShapedAttention",
     "DeformableAttention",
     "DilatedAttention",
+    "DilatedReparam",
     "FocalAttention",
     "FocalFastAttention",
+    "FullyAdaptiveAttention",
     "GlobalAttention",
     "GlobalWindowAttention",
     "GridAttention",
     "HydraAttention",
+    "InceptionMixer",
     "KeyOffsetBias",
     "LocalEnhancedAttention",
     "MessengerAttention",
     "NeighborhoodAttention",
     "PerformerAttention",
+    "PoolMixer",
+    "RandomMixer",
+    "RepMixer",
+    "ScaleAwareModulation",
     "SeparableAttention",
+    "SeparableConvMixer",
     "ShuntedAttention",
+    "SparseGlobalAttention",
     "SpatialReductionAttention",
+    "SpreadWindowAttention",
+    "StarReLU",
     "SuperTokenAttention",
     "TokenMlp",
     "WindowAttention",

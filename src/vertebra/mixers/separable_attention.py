@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -10,13 +12,14 @@ class SeparableAttention(nn.Module):
 
     The softmax of the scores over the tokens weighs the keys into one context vector, which multiplies ReLU(value) at
     every token. Time and memory O(tokens * C). With `axis` the softmax and the sum run over that axis alone, as
-    MobileViTv2 does over its patches; by default over all tokens.
+    MobileViTv2 does over its patches; by default over all tokens. `linear` builds both projections:
+    ``partial(Conv, ndim)`` where a checkpoint has them as 1x1 convolutions.
     """
 
-    def __init__(self, dim: int, axis: int | None = None):
+    def __init__(self, dim: int, axis: int | None = None, linear: Callable[..., nn.Module] = nn.Linear):
         super().__init__()
         self.axis = axis
-        self.qkv, self.proj = nn.Linear(dim, 1 + 2 * dim), nn.Linear(dim, dim)
+        self.qkv, self.proj = linear(dim, 1 + 2 * dim), linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         dim = x.shape[-1]

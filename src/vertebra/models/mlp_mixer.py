@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Stage
+from ..backbone import Backbone, Stage, four_taps
 from ..layers import Block, Conv, Mlp, PatchEmbed, built_grid, drop_path_rates
 from ..mixers import TokenMlp
 from ..registry import Family, Inputs, Variant, Weights
-from .vit import EPS, four_taps, from_jax
+from .vit import EPS, from_jax
 
 
 class MlpMixer(Backbone):

@@ -18,27 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage, conv_norms, plus_one
-from ..layers import Block, Conv, ConvNorm, Mlp, PatchEmbed, ResidualConv, drop_path_rates, init_fan_out
+from ..layers import Block, ConvStem, Mlp, PatchEmbed, ResidualConv, drop_path_rates, init_fan_out
 from ..mixers import LocalEnhancedAttention, ShuntedAttention
 from ..registry import Family, Variant, Weights
 
 EPS = 1e-6
-
-
-class Stem(nn.Module):
-    """Convolutional patch embedding (section 3.3): (B, *S, dim) -> (B, *ceil(S / 2) // 2, out), `extra` inside."""
-
-    def __init__(self, ndim: int, dim: int, out: int, extra: int):
-        super().__init__()
-        self.convs = nn.Sequential(
-            ConvNorm(ndim, dim, out, 7, 2, act=nn.ReLU),
-            *(ConvNorm(ndim, out, out, 3, act=nn.ReLU) for _ in range(extra)),
-            Conv(ndim, out, out, 2, 2, padding=0),
-        )
-        self.norm = nn.LayerNorm(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.convs(x))
 
 
 class ShuntedTransformer(Backbone):
@@ -73,7 +57,7 @@ class ShuntedTransformer(Backbone):
         if any(r < 1 or (r > 1 and r % 2) for r in ratios):
             raise ValueError(f"ratios must be 1 or even (half of the heads takes half of it), got {tuple(ratios)}")
         rates = drop_path_rates(drop_path_rate, depths)
-        self.patch_embed = Stem(ndim, in_chans, dims[0], stem)
+        self.patch_embed = ConvStem(ndim, in_chans, dims[0], extra=stem)
         self.stages = nn.ModuleList()
         for i, (dim, ratio) in enumerate(zip(dims, ratios, strict=True)):
             blocks = []

@@ -18,17 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Rules, Stage
+from ..backbone import Backbone, Rules, Stage, four_taps
 from ..layers import Attention, Mlp, PatchEmbed, Positions, TokenBlock, built_grid, drop_path_rates, ntuple
 from ..registry import Family, Inputs, Variant, Weights
 
 EPS = 1e-6
 State = tuple[Tensor, tuple[int, ...]]  # tokens (B, P + N, C) with P prefix tokens, and the grid of the N patches
-
-
-def four_taps(depth: int) -> tuple[int, ...]:
-    """Four blocks spread evenly over the depth, the last among them."""
-    return tuple(sorted({max(depth * k // 4 - 1, 0) for k in (1, 2, 3, 4)}))
 
 
 class VisionTransformer(Backbone):

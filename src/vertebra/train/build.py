@@ -52,7 +52,7 @@ def resolve(config: Config, source: Source) -> Config:
     chosen["crop"] = inputs.crop if source.kind == "folder" else 1.0
     chosen["interpolation"] = inputs.interpolation if source.kind == "folder" else "bilinear"
     if channels == 3:
-        chosen["mean"], chosen["std"] = tuple(inputs.mean), tuple(inputs.std)
+        chosen["mean"], chosen["std"], chosen["order"] = tuple(inputs.mean), tuple(inputs.std), inputs.channels
     elif config.mean is None or config.std is None:
         chosen["mean"], chosen["std"] = _grey_statistics(source)
     given = config.model_dump()
@@ -90,7 +90,8 @@ def make_view(config: Config) -> View:
     """How a resolved configuration looks at images."""
     assert config.img_size and config.channels and config.mean and config.std and config.crop and config.interpolation
     size = (config.img_size, config.img_size)
-    return View(size, config.channels, config.mean, config.std, config.crop, config.interpolation)
+    order = config.order or "RGB"
+    return View(size, config.channels, config.mean, config.std, config.crop, config.interpolation, order)
 
 
 def make_model(config: Config, num_classes: int, start: bool = False) -> Backbone:

@@ -29,6 +29,7 @@ class Config(BaseModel):
     std: tuple[float, ...] | None = None
     crop: float | None = Field(None, gt=0, le=1)  # share of the shorter side kept in testing; 1: stretch instead
     interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
+    order: Literal["RGB", "BGR"] | None = None  # of the channels as the model is given them
     augment: Literal["none", "light", "standard", "strong"] | None = None
     # optimisation
     epochs: int | None = Field(None, gt=0)
