@@ -480,3 +480,15 @@ def test_one_group_is_a_group_norm_of_one_group(ndim):
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     y = F.group_norm(x.movedim(-1, 1).contiguous(), 1, norm.weight, norm.bias, 1e-3).movedim(1, -1)
     torch.testing.assert_close(norm(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", (3, 5, 6, 7, 9))
+def test_gradients_of_strided_depthwise_volumes_with_a_large_kernel(depth):
+    torch.manual_seed(0)
+    layer, x = Conv(3, 32, 32, 7, 2, groups=32), torch.randn(2, depth, 6, 7, 32)
+    exact, y = Conv(3, 32, 32, 7, 2, groups=32).double(), x.double().movedim(-1, 1).contiguous()
+    exact.load_state_dict(layer.state_dict())
+    layer(x).square().sum().backward()
+    F.conv3d(y, exact.weight, exact.bias, 2, 3, 1, 32).square().sum().backward()
+    for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert ((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()).item() <= 1e-5

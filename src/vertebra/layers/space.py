@@ -55,9 +55,9 @@ def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=
     if weight.ndim == 3:
         y = conv(_rank2(x), weight.unsqueeze(2), bias, (1, *stride), (0, *padding), (1, *dilation), groups)
         return y.squeeze(1)
-    if weight.ndim == 5 and groups > 1 and stride[0] > 1 and weight.shape[2] >= 7:
-        # torch's CPU weight gradient of a strided depthwise 3-D kernel of 7, on maps 5 to 7 deep, writes outside of its
-        # memory when it pads the first axis itself (seen in torch 2.15)
+    if weight.ndim == 5 and groups > 1 and stride[0] > 1 and weight.shape[2] > 3 and padding[0] > 0:
+        # torch 2.15's CPU weight gradient of a strided depthwise 7x7x7, channels last, on maps 5 to 7 deep, writes
+        # outside of its memory when it pads the first axis itself
         x, padding = F.pad(x, (0, 0, 0, 0, 0, 0, padding[0], padding[0])), (0, *padding[1:])
     y = _CONV[weight.ndim - 2](channels_first(x), weight, bias, stride, padding, dilation, groups)
     return channels_last(y)
@@ -98,9 +98,6 @@ class Conv(nn.Module):
         self.pointwise = single and groups == 1
         self.sampled = single and math.prod(self.stride) > 1
         self.widened = dim == 2 and groups == 1 and max(self.kernel) >= 32
-        self.sunk = (
-            ndim == 3 and groups == dim > 1 and self.stride[0] > 1 and self.kernel[0] > 3 and self.padding[0] > 0
-        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -125,12 +122,7 @@ class Conv(nn.Module):
         if self.widened:
             # torch 2.15's bfloat16 convolution of two channels with kernels of 32 is wrong on AMX CPUs; three are right
             x, weight = F.pad(x, (0, 1)), F.pad(weight, (*(0, 0) * len(stride), 0, 1))
-        padding = self.padding
-        if self.sunk:
-            # torch 2.15's CPU weight gradient of a strided depthwise 7x7x7, channels last, writes outside of its memory
-            # where the first side is 5 or 7; without padding along that axis it does not
-            x, padding = F.pad(x, (*(0, 0) * 3, padding[0], padding[0])), (0, *padding[1:])
-        return conv(x, weight, self.bias, stride, padding, self.dilation, self.groups)
+        return conv(x, weight, self.bias, stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         out, dim = self.weight.shape[:2]
