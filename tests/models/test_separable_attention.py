@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from oracle import error, fill
 
 import vertebra
-from vertebra.layers import BatchNorm, GroupNorm
+from vertebra.layers import BatchNorm, OneGroup
 from vertebra.mixers import SeparableAttention
 from vertebra.models.mobilevit import split_patches
 from vertebra.models.separable_attention import SeparableBlock
@@ -153,8 +153,8 @@ def test_published_configurations():
             twin = vertebra.create_model(f"mobilevit_v2_{name[-3:]}_cvnets")
         assert [p.shape for p in twin.parameters()] == [p.shape for p in model.parameters()]
         assert [len(stage.blocks[1].transformer) - 1 for stage in model.stages[2:]] == [2, 4, 3]
-        assert {m.eps for m in model.modules() if isinstance(m, GroupNorm | BatchNorm)} == {1e-5}
-        assert {m.num_groups for m in model.modules() if isinstance(m, GroupNorm)} == {1}
+        assert {m.eps for m in model.modules() if isinstance(m, OneGroup | BatchNorm)} == {1e-5}
+        assert {m.num_groups for m in model.modules() if isinstance(m, OneGroup)} == {1}
         w = int(name[-3:]) / 100
         assert [i["num_chs"] for i in model.feature_info] == [c * w for c in (64, 128, 256, 384, 512)]
         assert [stage.blocks[1].narrow.weight.shape[0] for stage in model.stages[2:]] == [

@@ -7,8 +7,9 @@ from oracle import error, fill
 from torch import nn
 
 import vertebra
+from vertebra.layers import ConvStem
 from vertebra.mixers import LocalEnhancedAttention, ShuntedAttention
-from vertebra.models.shunted import FAMILY, Stem
+from vertebra.models.shunted import FAMILY
 
 T, S = "shunted_t", "shunted_s"
 SMALL = dict(dims=(16, 32, 48, 64), heads=(2, 4, 4, 8), depths=(1, 1, 2, 1), num_classes=7)
@@ -75,7 +76,7 @@ def test_mlp_activates_the_sum_of_hidden_map_and_its_convolution():
 
 @pytest.mark.parametrize("extra", [0, 2])
 def test_stem(extra):
-    stem, x = fill(Stem(2, 3, 8, extra)), torch.randn(2, 21, 34, 3)
+    stem, x = fill(ConvStem(2, 3, 8, extra=extra)), torch.randn(2, 21, 34, 3)
     y = x
     for i in range(1 + extra):
         block = stem.convs[i]

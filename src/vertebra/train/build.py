@@ -50,9 +50,10 @@ def resolve(config: Config, source: Source) -> Config:
         chosen["lr"] *= 0.2  # fine-tuning
     chosen["channels"] = channels
     chosen["crop"] = inputs.crop if source.kind == "folder" else 1.0
+    chosen["order"] = inputs.channels if channels == 3 else "RGB"
     chosen["interpolation"] = inputs.interpolation if source.kind == "folder" else "bilinear"
     if channels == 3:
-        chosen["mean"], chosen["std"], chosen["order"] = tuple(inputs.mean), tuple(inputs.std), inputs.channels
+        chosen["mean"], chosen["std"] = tuple(inputs.mean), tuple(inputs.std)
     elif config.mean is None or config.std is None:
         chosen["mean"], chosen["std"] = _grey_statistics(source)
     given = config.model_dump()
