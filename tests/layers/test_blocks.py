@@ -424,6 +424,8 @@ def test_drop_path_rates():
 
 
 def test_layer_scale():
+    stored = LayerScale(3, 0.25, (1, 3, 1, 1))
+    assert stored.gamma.shape == (1, 3, 1, 1) and torch.equal(stored(torch.ones(2, 5, 3)), torch.full((2, 5, 3), 0.25))
     layer = LayerScale(3, 0.25)
     assert layer.gamma.tolist() == [0.25] * 3
     x = randn(2, 4, 5, 3)

@@ -35,6 +35,20 @@ def spread(module):
     return module.eval()
 
 
+def loud(module):
+    """Weights large enough that attention is far from uniform, running statistics far from 0 and 1."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.7)
+        for name, b in module.named_buffers():
+            if name.endswith("running_mean"):
+                b.normal_(std=0.3)
+            elif name.endswith("running_var"):
+                b.uniform_(0.5, 2)
+    return module.eval()
+
+
 class Largest(TorchFunctionMode):
     """Remembers the `numbers` of the largest tensor that any torch call gives while it is entered."""
 

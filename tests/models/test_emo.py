@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import error, fill
+from oracle import error, fill, loud
 
 import vertebra
 from vertebra.layers import BatchNorm
@@ -19,19 +19,6 @@ SMALL = dict(dims=(16, 24, 40, 42), depths=(1, 2, 2, 2), stem=8, window=4, num_c
 
 def small(**options):
     return fill(vertebra.create_model("emo_1m", **(SMALL | options)))
-
-
-def loud(module):
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.normal_(std=0.7)
-        for name, b in module.named_buffers():
-            if name.endswith("running_mean"):
-                b.normal_(std=0.3)
-            elif name.endswith("running_var"):
-                b.uniform_(0.5, 2)
-    return module.eval()
 
 
 def spread_attention(mixer, x, window):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import error, fill
+from oracle import error, fill, loud
 
 import vertebra
 from vertebra.models.mobile_former import (
@@ -24,20 +24,6 @@ SMALL = dict(rows=ROWS, stem=8, tokens=(3, 16), neck=32, num_classes=7)
 
 def small(**options):
     return fill(vertebra.create_model("mobile_former_96m", **(SMALL | options)))
-
-
-def loud(module):
-    """Weights large enough that attention is far from uniform, running statistics far from 0 and 1."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.normal_(std=0.7)
-        for name, b in module.named_buffers():
-            if name.endswith("running_mean"):
-                b.normal_(std=0.3)
-            elif name.endswith("running_var"):
-                b.uniform_(0.5, 2)
-    return module.eval()
 
 
 def attention(q, k, v, heads):

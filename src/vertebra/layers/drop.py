@@ -36,14 +36,14 @@ class DropPath(nn.Module):
 class LayerScale(nn.Module):
     """One learned factor per channel (arXiv 2103.17239, eq. 5): (..., C) -> (..., C).
 
-    With `ndim` it is stored with that many trailing axes of one, as checkpoints of channels-first networks have it.
+    With `shape` it is stored with further axes of one, as checkpoints of channels-first networks have it.
     """
 
     no_decay = ("gamma",)
 
-    def __init__(self, dim: int, value: float = 1e-5, ndim: int = 0):
+    def __init__(self, dim: int, value: float = 1e-5, shape: Sequence[int] | None = None):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim, *(1,) * ndim), value))
+        self.gamma = nn.Parameter(torch.full(tuple(shape or (dim,)), value))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma.view(-1)

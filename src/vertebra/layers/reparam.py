@@ -15,7 +15,7 @@ def folded(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor
     return weight.double() * scale.view(-1, *(1,) * (weight.ndim - 1)), norm.bias.double() - shift * scale
 
 
-def _convolution(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
+def convolution_like(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
     """A convolution with the geometry of `like`, a bias, and these weights."""
     ndim = weight.ndim - 2
     out, dim = weight.shape[0], weight.shape[1] * like.groups
@@ -29,7 +29,7 @@ def _convolution(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
 
 def fold(conv: Conv, norm: BatchNorm) -> Conv:
     """`norm(conv(x))` in evaluation mode as one convolution."""
-    return _convolution(conv, *folded(conv.weight, conv.bias, norm))
+    return convolution_like(conv, *folded(conv.weight, conv.bias, norm))
 
 
 def dense(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
@@ -93,4 +93,4 @@ class Branches(nn.Module):
             eye[(rows, rows % per_group, *centre)] = 1
             w, b = folded(eye, None, self.identity)
             weight, bias = weight + w, bias + b
-        return _convolution(main, weight, bias)
+        return convolution_like(main, weight, bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Conv
-from ..layers.reparam import _convolution, dense
+from ..layers.reparam import convolution_like, dense
 from ..layers.space import conv
 
 
@@ -56,7 +56,7 @@ class KernelSum(nn.Sequential):
     def fuse(self, published: bool = True) -> Conv:
         """The convolution that equals this sum."""
         assert isinstance(self[0], Conv)
-        return _convolution(self[0], *_kernel(self, torch.float64))
+        return convolution_like(self[0], *_kernel(self, torch.float64))
 
 
 def small_kernels(ndim: int, dim: int, stride: int = 1) -> KernelSum:

@@ -22,7 +22,7 @@ class RepMixer(nn.Module):
             raise ValueError(f"kernel must be odd and at least 3, got {kernel}")
         self.branches = Branches(ndim, dim, dim, {"dense": kernel, "one": 1}, groups=dim, identity=True)
         self.norm = BatchNorm(dim)
-        self.scale = LayerScale(dim, scale, ndim)
+        self.scale = LayerScale(dim, scale, (dim, *(1,) * ndim))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.scale(self.branches(x) - self.norm(x))

@@ -79,7 +79,7 @@ class RepMixerBlock(nn.Module):
         super().__init__()
         self.mixer = RepMixer(ndim, dim, 3, scale)
         self.mlp = ConvFfn(ndim, dim, hidden)
-        self.scale, self.drop_path = LayerScale(dim, scale, ndim), DropPath(drop_path)
+        self.scale, self.drop_path = LayerScale(dim, scale, (dim, *(1,) * ndim)), DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mixer(x)
@@ -95,7 +95,7 @@ class AttentionBlock(nn.Module):
             raise ValueError(f"{dim} channels do not divide into attention heads of {HEAD_DIM}")
         self.norm, self.attn = BatchNorm(dim), GlobalAttention(dim, dim // HEAD_DIM, qkv_bias=False)
         self.mlp = ConvFfn(ndim, dim, hidden)
-        self.scale1, self.scale2 = (LayerScale(dim, scale, ndim) for _ in range(2))
+        self.scale1, self.scale2 = (LayerScale(dim, scale, (dim, *(1,) * ndim)) for _ in range(2))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

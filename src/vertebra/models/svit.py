@@ -24,17 +24,6 @@ from ..mixers import SuperTokenAttention
 from ..registry import Family, Inputs, Variant, Weights
 
 
-class Scale(LayerScale):
-    """Layer scale in the checkpoint's shape (1, C, 1, ..)."""
-
-    def __init__(self, ndim: int, dim: int, value: float):
-        super().__init__(dim, value)
-        self.gamma = nn.Parameter(self.gamma.detach().reshape(1, dim, *(1,) * ndim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma.flatten()
-
-
 class SuperTokenBlock(Block):
     """Position convolution, super token attention, convolutional MLP (section 3.1): (B, *S, C) -> (B, *S, C)."""
 
@@ -45,7 +34,7 @@ class SuperTokenBlock(Block):
         super().__init__(dim, attn, mlp, drop_path, eps=1e-6, position=ResidualConv(ndim, dim))
         self.norm2 = BatchNorm(dim)
         if scale is not None:
-            self.scale1, self.scale2 = Scale(ndim, dim, scale), Scale(ndim, dim, scale)
+            self.scale1, self.scale2 = (LayerScale(dim, scale, (1, dim, *(1,) * ndim)) for _ in range(2))
 
 
 class SuperTokenViT(Backbone):
