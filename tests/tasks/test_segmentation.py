@@ -13,7 +13,8 @@ from torch import nn
 
 import vertebra
 from vertebra import CheckpointError, load_checkpoint, save_checkpoint, to_official
-from vertebra.tasks.segmentation import HEADS, prefixed_groups, segmentation
+from vertebra.tasks.pyramid import prefixed_groups
+from vertebra.tasks.segmentation import HEADS, segmentation
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -378,3 +379,12 @@ def test_a_classification_checkpoint_goes_into_the_backbone(tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in model.pyramid.backbone.state_dict().items() if "running" not in k
                and not k.endswith("norm.bias"))  # fmt: skip
     assert any(k.startswith("head") for k in model.load_report.unused)
+
+
+def test_a_segmenter_exports_with_any_batch_and_size():
+    net = small("pspnet")  # pools, resizes and joins as UPerNet does, and is exported in half the time
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(net, (image(72, 104),), dynamic_shapes=(sizes,), strict=False).module()
+    for x in (image(65, 90, batch=3), image(96, 64, batch=1)):
+        torch.testing.assert_close(program(x), net(x), rtol=1e-5, atol=1e-6)

@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from dense_samples import DETECTOR, SEGMENTER, dense_source
+from dense_samples import DETECTOR, SEGMENTER, dense_source, squares
 from safetensors.torch import load_file
 
 from vertebra.data import DataError
-from vertebra.train import Config, ConfigError, fit, fitting, resume
-from vertebra.train.build import make_loss, make_model, resolve
+from vertebra.tasks.inference import segment
+from vertebra.train import Config, ConfigError, Run, fit, fitting, resume, use
+from vertebra.train.build import make_loss, make_model, make_transforms, resolve
 from vertebra.train.comparing import compare
 
 
@@ -32,7 +33,7 @@ def same(a, b):
 
 
 def test_a_segmenter_learns_squares(opened, tmp_path):
-    opened("segmentation", sizes={"train": 24, "val": 2, "test": 4})
+    opened("segmentation", sizes={"train": 24, "val": 1, "test": 4})
     easy = {"head": "unet", "head_options": {}, "augment": "none", "lr": 4e-3, "epochs": 8}
     result = fit(Config(**SEGMENTER | easy), tmp_path / "run")
     assert result.score == "miou" and result.test["miou"] > 0.9
@@ -109,6 +110,59 @@ def test_half_precision_trains_a_segmenter(opened, tmp_path):
     opened("segmentation", sizes=FEW)
     result = fit(Config(**SEGMENTER | {"precision": "bf16-mixed", "epochs": 1}), tmp_path / "run")
     assert math.isfinite(result.history[0]["train_loss"])
+
+
+def test_testing_looks_as_the_configuration_says(opened, tmp_path, monkeypatch):
+    """fit's and evaluate's figures are those of segment() called by hand on each test sample."""
+    opened("segmentation", sizes={"train": 4, "val": 1, "test": 3})
+    monkeypatch.setattr(fitting, "write_report", lambda *args, **more: None)
+    monkeypatch.setattr(use, "open_source", fitting.open_source)
+    looks = {"window": 48, "stride": 20, "test_flip": True, "test_scales": (0.75, 1.0)}
+    easy = {"head": "unet", "head_options": {"channels": 8}, "augment": "light", "lr": 1e-2, "epochs": 1}
+    result = fit(Config(**SEGMENTER | easy | looks), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    model, transform = use.load_best(run, make_model(run.config, 3)).eval(), make_transforms(run.config)[1]
+    figures = {}
+    for name, how in (("looks", {"window": 48, "stride": 20, "flip": True, "scales": (0.75, 1.0)}), ("plain", {})):
+        (hit, said, true), losses = torch.zeros(3, 3, dtype=torch.float64), []
+        for i in range(5, 8):
+            image, truth = transform(*squares(i)[:2])
+            logits = segment(model, image, **how)
+            losses.append(float(torch.nn.functional.cross_entropy(logits[None], truth[None].long())))
+            guess = logits.argmax(0)
+            for one in range(3):
+                hit[one] += ((guess == one) & (truth == one)).sum()
+                said[one] += (guess == one).sum()
+                true[one] += (truth == one).sum()
+        figures[name] = [float((hit / (said + true - hit)).nanmean()), sum(losses) / 3]
+    assert abs(figures["looks"][1] - figures["plain"][1]) > 1e-4
+    for found in (result.test, use.evaluate(tmp_path / "run").metrics):
+        assert [found["miou"], found["loss"]] == pytest.approx(figures["looks"], rel=1e-6)
+
+
+def test_mirroring_of_volumes_is_for_each_axis():
+    view = {"model": "pvt_v2_b0", "data": "lumps", "task": "segmentation", "head": "unet", "channels": 1, "ndim": 3}
+    view |= {"mean": (0.0,), "std": (1.0,), "img_size": (8, 8, 8), "augment": "light", "accelerator": "cpu"}
+    x = torch.arange(512.0).view(1, 8, 8, 8)
+    train, _ = make_transforms(Config(**view, flips=(1, 0, 1)))
+    assert torch.equal(train(x, x[0].long())[1], x[0].long().flip(0, 2))
+    assert torch.equal(make_transforms(Config(**view))[0](x, x[0].long())[1], x[0].long())
+    with pytest.raises(ConfigError, match="flips: needs 3 chances"):
+        make_transforms(Config(**view, flips=(0.5,)))
+    with pytest.raises(ConfigError, match="flips: is for signals and volumes"):
+        make_transforms(settled("segmentation", flips=(0.5, 0.5)))
+    with pytest.raises(ConfigError, match="flips: is for segmentation"):
+        settled("detection", flips=(0.5, 0.5))
+
+
+def test_half_precision_trains_a_detector(opened, tmp_path, monkeypatch):
+    """Maps of a single cell are the coarsest: torch's own gradient there is of memory that is not the map's."""
+    opened("detection", sizes=FEW)
+    monkeypatch.setattr(fitting, "write_report", lambda *args, **more: None)
+    change = {"precision": "bf16-mixed", "augment": "none", "max_size": 64, "clip": None, "epochs": 1}
+    losses = [fit(Config(**DETECTOR | change | {"precision": kind}), tmp_path / kind).history[0]["train_loss"]
+              for kind in ("bf16-mixed", "32-true")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 # --- what a configuration becomes ------------------------------------------------------------------------------------

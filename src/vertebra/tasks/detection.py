@@ -20,8 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from ..checkpoint import load_checkpoint, read_checkpoint
 from ..registry import create_model, model_info
 from .necks import FPN, Anchors
-from .pyramid import Pyramid
-from .segmentation import prefixed_groups
+from .pyramid import OnPyramid, Pyramid
 
 Images = Tensor | Sequence[Tensor]
 _PARTS = ("bbox_head.", "rpn_head.", "roi_head.", "net.head.", "net.rpn.")  # only files of whole detectors have them
@@ -200,7 +199,7 @@ def _options(head: str, given: Mapping[str, Any] | None) -> OneStage | TwoStage:
     return options
 
 
-class Detector(nn.Module):
+class Detector(OnPyramid):
     """A backbone's pyramid, a feature pyramid network and torchvision's head; see `detection`.
 
     `pyramid` (the backbone inside), `neck`, and `net`: torchvision's detector, which holds the heads and what resizes,
@@ -314,20 +313,6 @@ class Detector(nn.Module):
                 )
             made["masks"] = masks.to(image.device)[keep]
         return made
-
-    # --- what training asks of any model ----------------------------------------------------------------------------
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block of the backbone in the backward pass instead of keeping its activations."""
-        self.pyramid.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the backbone's parameters that are exempt from weight decay."""
-        return {f"pyramid.backbone.{name}" for name in self.pyramid.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's layer groups; what it does not match, neck and heads, is timm's last group."""
-        return prefixed_groups(self.pyramid.backbone.group_matcher(coarse), "pyramid.backbone.")
 
 
 def _freeze_unread(pyramid: Pyramid, neck: FPN) -> None:

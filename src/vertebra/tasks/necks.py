@@ -12,6 +12,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 
+from ..layers.space import channels_first
+from ..layers.space import conv as space_conv
+
 TOPS = ("pool", "input", "output")
 
 
@@ -74,7 +77,9 @@ class FPN(FeaturePyramidNetwork):
             outs.append(outs[-1][..., ::2, ::2])
         x = maps[-1] if self.top == "input" else outs[-1]
         for k, conv in enumerate(self.coarser):
-            x = conv(F.relu(x) if k else x)
+            x = F.relu(x) if k else x
+            # not the module's own call: on narrow maps torch's bfloat16 convolution reads memory that is not its own
+            x = channels_first(space_conv(x.movedim(1, -1), conv.weight, conv.bias, (2, 2), (1, 1), (1, 1)))
             outs.append(x)
         return OrderedDict((str(k), v) for k, v in enumerate(outs))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,3 +93,34 @@ class Pyramid(nn.Module):
                 done = halvings
                 coarser.append(channels_first(state))
         return [*finer, *(maps[k] for k in self._kept), *coarser]
+
+
+def prefixed_groups(groups: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """`groups` of timm's group_matcher for a module that lies under `prefix` (as "pyramid.backbone.")."""
+
+    def below(rule: Any) -> Any:
+        if isinstance(rule, str):
+            return re.sub(r"^\^?", lambda _: "^" + re.escape(prefix) + ("" if rule.startswith("^") else ".*?"), rule)
+        if isinstance(rule, tuple):
+            return (below(rule[0]), *rule[1:])
+        return [below(each) for each in rule]
+
+    return {name: below(rule) for name, rule in groups.items()}
+
+
+class OnPyramid(nn.Module):
+    """What networks on a `pyramid` answer for their backbone: checkpointing and timm's groups of parameters."""
+
+    pyramid: Pyramid
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
+        self.pyramid.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the backbone's parameters that are exempt from weight decay."""
+        return {f"pyramid.backbone.{name}" for name in self.pyramid.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's layer groups; what matches none of them (neck and heads) is timm's last group."""
+        return prefixed_groups(self.pyramid.backbone.group_matcher(coarse), "pyramid.backbone.")

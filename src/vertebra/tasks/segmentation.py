@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from ..checkpoint import read_checkpoint
 from ..layers.space import channels_first, channels_last, resize
 from ..registry import create_model
 from . import decode_heads as parts
-from .pyramid import Pyramid
+from .pyramid import OnPyramid, Pyramid
 from .whole import load_whole
 
 # head -> (its class, whether an FPN comes before it, whether the papers train it with an auxiliary head)
@@ -30,19 +29,6 @@ HEADS: dict[str, tuple[Callable[..., parts.DecodeHead], bool, bool]] = {
 AUXILIARY_WEIGHT = 0.4
 
 
-def prefixed_groups(groups: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """`groups` of timm's group_matcher for a module that lies under `prefix` (as "pyramid.backbone.")."""
-
-    def below(rule: Any) -> Any:
-        if isinstance(rule, str):
-            return re.sub(r"^\^?", lambda _: "^" + re.escape(prefix) + ("" if rule.startswith("^") else ".*?"), rule)
-        if isinstance(rule, tuple):
-            return (below(rule[0]), *rule[1:])
-        return [below(each) for each in rule]
-
-    return {name: below(rule) for name, rule in groups.items()}
-
-
 def _options(
     head: Callable[..., nn.Module], given: Mapping[str, Any], name: str, extra: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -56,7 +42,7 @@ def _options(
     return dict(given)
 
 
-class Segmenter(nn.Module):
+class Segmenter(OnPyramid):
     """A backbone's pyramid, a neck where the head wants one, the head: (B, C, *S) -> logits (B, num_classes, *S).
 
     Args:
@@ -140,18 +126,6 @@ class Segmenter(nn.Module):
             if head is not None:
                 where = head.conv_seg.weight
                 head.conv_seg = head.classifier(num_classes).to(where.device, where.dtype)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
-        self.pyramid.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the backbone's parameters that are exempt from weight decay."""
-        return {f"pyramid.backbone.{name}" for name in self.pyramid.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's layer groups; what matches none of them (neck and heads) is timm's last group."""
-        return prefixed_groups(self.pyramid.backbone.group_matcher(coarse), "pyramid.backbone.")
 
 
 def _check_classes(num_classes: Any) -> None:

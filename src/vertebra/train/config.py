@@ -11,7 +11,7 @@ class ConfigError(ValueError):
 
 
 # what has keys of its own
-OPEN = ("overrides", "head_options", "data_options", "loss_options", "teacher_overrides", "opt_options")
+OPEN = ("overrides", "data_options", "loss_options", "head_options", "teacher_overrides", "opt_options")
 
 
 class Config(BaseModel):
@@ -52,6 +52,7 @@ class Config(BaseModel):
     color_jitter: float | None = Field(None, ge=0, le=1)  # largest change of brightness, contrast and saturation
     hflip: float | None = Field(None, ge=0, le=1)  # chance of mirroring left and right
     vflip: float | None = Field(None, ge=0, le=1)  # chance of mirroring up and down
+    flips: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()  # of segmented signals and volumes: for each axis
     scale: tuple[PositiveFloat, Annotated[float, Field(gt=0, le=1)]] | None = None  # area that random crops keep
     ratio: tuple[PositiveFloat, PositiveFloat] | None = None  # width by height of random crops
     repeats: int = Field(1, gt=0)  # so many differently augmented copies of a sample in a batch, fewer samples an epoch

@@ -29,6 +29,7 @@ KEYS = (  # settings of dense prediction alone, and the tasks they are for
     ("max_size", "segmentation detection"),
     ("short_sides", "segmentation detection"),
     ("scale_jitter", "segmentation detection"),
+    ("flips", "segmentation"),
     ("window", "segmentation"),
     ("stride", "segmentation"),
     ("test_flip", "segmentation detection"),
@@ -146,6 +147,10 @@ def make_dense_transforms(config: Config, view: View | WaveView) -> tuple[Callab
     ignore = 255 if config.ignore is None else config.ignore
     image = isinstance(view, View)
     options: dict[str, Any] = {"scale_jitter": config.scale_jitter, "ignore": ignore}
+    if config.flips:
+        if image:
+            raise ValueError("flips: is for signals and volumes; images have hflip and vflip")
+        options["flips"] = config.flips
     if image:
         options |= {key: getattr(config, key) for key in ("hflip", "vflip", "color_jitter")}
     if task == "segmentation" and image:

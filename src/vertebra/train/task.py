@@ -61,14 +61,14 @@ class Rows(Meter):
 
     def __init__(self, task: Task, classes: tuple[str, ...], device: Any) -> None:
         self.task, self.classes, self.width = task, classes, 0
-        self.rows = CatMetric().to(device)
+        self.rows = CatMetric(nan_strategy="disable").to(device)  # left out, a NaN would shift what follows it
         self.rows.set_dtype(torch.float64)
 
     def update(self, positions: Tensor, targets: Any, prediction: Any) -> None:
         found = self.task.rows(prediction, targets)
         found = torch.cat([positions.to(found)[:, None], found], 1)
         self.width = found.shape[1]
-        self.rows.update(found)
+        self.rows.update(found.flatten())  # flat as the nothing of a process without a sample, or they do not gather
 
     def compute(self) -> Scores | None:
         table = self.rows.compute()
