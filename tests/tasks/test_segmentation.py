@@ -388,3 +388,12 @@ def test_a_segmenter_exports_with_any_batch_and_size():
         program = torch.export.export(net, (image(72, 104),), dynamic_shapes=(sizes,), strict=False).module()
     for x in (image(65, 90, batch=3), image(96, 64, batch=1)):
         torch.testing.assert_close(program(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_few_channels_do_not_begin_near_zero():
+    """They never left the background again on volumes with a small part to find: the hippocampus, Dice 0."""
+    torch.manual_seed(0)
+    net = segmentation("pvt_v2_b0", "unet", 3, ndim=3, in_chans=1, head_options={"channels": 8, "most": 16}, **PVT)
+    with torch.no_grad():
+        logits = net.train()(torch.randn(1, 1, 40, 32, 32))
+    assert (logits.std(dim=(0, 2, 3, 4)) > 0.1).all()  # 0.02 with weights of deviation 0.01

@@ -273,6 +273,10 @@ class UNetHead(DecodeHead):
         init_fan_out(self.stem)
         init_fan_out(self.levels)
 
+    def classifier(self, num_classes: int) -> Conv:
+        """torch's own initialisation: from so few channels, logits near zero would take very long to grow."""
+        return Conv(self.ndim, self.channels, num_classes)
+
     def fuse(self, maps, image):
         skips = []
         for conv in self.stem:
