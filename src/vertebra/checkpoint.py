@@ -102,7 +102,7 @@ def _unwrap(found: Any, what: str) -> dict[str, Tensor]:
     return state
 
 
-def _strip(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
+def strip_prefixes(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
     """Without the prefixes of wrappers: while that makes more names known, or all share one and none is known."""
     for _ in range(4):
         shared = next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)
@@ -130,6 +130,11 @@ def _source(source: Any, sha256: str) -> tuple[dict[str, Tensor], str]:
     return _unwrap(_read_file(path), text), text
 
 
+def read_checkpoint(source: Any, sha256: str = "") -> dict[str, Tensor]:
+    """The tensors of `source` (path, URL or state dict) by name, read safely; CheckpointError where they cannot be."""
+    return _source(source, sha256)[0]
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
@@ -148,8 +153,15 @@ def _names(model: Backbone) -> dict[str, str]:
     return names
 
 
-def to_official(model: Backbone) -> dict[str, Tensor]:
-    """The official state dict of `model`: parameters and running statistics under the official names."""
+def to_official(model: Backbone | nn.Module) -> dict[str, Tensor]:
+    """The official state dict of `model`: parameters and running statistics under the official names.
+
+    Of a network from `vertebra.segmentation`, mmsegmentation's.
+    """
+    if not isinstance(model, Backbone):  # a whole network around one
+        from .tasks.whole import whole_official
+
+        return whole_official(model)
     names = _names(model)
     return {names[k]: v.detach() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
 
@@ -194,7 +206,7 @@ def _adapted(model: Backbone, ours: str, tensor: Tensor) -> Tensor | None:
 
 
 def load_checkpoint(
-    model: Backbone,
+    model: Backbone | nn.Module,
     source: Any,
     strict: bool = True,
     *,
@@ -213,12 +225,16 @@ def load_checkpoint(
     what is missing, unexpected or misshapen.
     """
     state, what = _source(source, sha256)
+    if not isinstance(model, Backbone):  # a whole network around one
+        from .tasks.whole import load_whole
+
+        return load_whole(model, state, what, strict, new_head, new_stem)
     state = model.translate(state)
     names = _names(model)
     twin = _twin(model)
     known_ours = set(names) | (set(twin.state_dict()) if twin is not None else set())
     known_theirs = set(names.values()) | (set(_names(twin).values()) if twin is not None else set())
-    ours_first, theirs_first = _strip(state, known_ours), _strip(state, known_theirs)
+    ours_first, theirs_first = strip_prefixes(state, known_ours), strip_prefixes(state, known_theirs)
     official = len(known_theirs & theirs_first.keys()) > len(known_ours & ours_first.keys())
     state = theirs_first if official else ours_first
     key = names if official else {k: k for k in names}  # ours -> the file's name

@@ -57,7 +57,7 @@ def train(
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
 ) -> None:
-    """Train a classifier; with no options, a small one on handwritten digits in about a minute."""
+    """Train for the task of the data; with no options, a small classifier on handwritten digits in about a minute."""
     given = {key: value for key, value in locals().items() if value is not None}
     for key in ("out", "resume", "settings", "config", "recipe"):
         given.pop(key, None)
@@ -205,9 +205,13 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders with all below them, - for paths on stdin.")],
     top: Annotated[int, typer.Option(min=1, help="Classes shown for each.")] = 3,
     format: Annotated[Format, typer.Option()] = Format.table,
-    out: Annotated[Path | None, typer.Option(help="Write there, not to stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write there, not to stdout; of a dense task, a folder.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of an object.")] = 0.5,
 ) -> None:
-    """Ask a run's best weights about images, or about samples as they were trained on."""
+    """Ask a run's best weights about images, or about samples as they were trained on.
+
+    Of segmentation and detection --out is a folder for label maps and drawn images, and predictions.json or .csv.
+    """
     errors, count = 0, 0
     with _mendable():
         from .train import predict_iter
@@ -215,7 +219,10 @@ def predict(
         from .train.files import write_atomic
         from .train.run import Run
 
-        results = predict_iter(run, _paths(inputs), top)
+        opened, pictures = Run.open(run), None
+        if out is not None and opened.config.task in ("segmentation", "detection"):
+            pictures, out = out, None if format is Format.table else out / f"predictions.{format.value}"
+        results = predict_iter(run, _paths(inputs), top, pictures, threshold)
 
         def told() -> Iterator[Any]:
             nonlocal errors, count
@@ -226,7 +233,7 @@ def predict(
                     print(f"error: {printable(result.image)}: {printable(result.error)}", file=sys.stderr)
                 yield result
 
-        pieces = as_text(told(), Run.open(run), format.value, top)
+        pieces = as_text(told(), opened, format.value, top)
         if out is None:
             for piece in pieces:
                 print(piece.encode("utf-8", "replace").decode(), end="")

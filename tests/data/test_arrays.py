@@ -107,6 +107,35 @@ def test_stored_splits_features_and_groups(tmp_path):
     assert ratios(np.array([[0.0], [0.0], [6.0]]), np.array(["a", "a", "b"])).tolist() == [[0], [0], [1]]
 
 
+def test_the_median_sample_of_a_group_lies_beside_and_scales(tmp_path):
+    x, y = beats(60)
+    record = np.repeat(np.arange(6), 10)
+    data = npz(tmp_path / "a.npz", x=x, y=y, record=record, rr=RNG.random((60, 2)))
+    beside = open_source(data, group="record", features="rr", reference=True, standardise=True)
+    scaled = open_source(data, group="record", reference=True, standardise="group")
+    factor = open_source(data, group="record", standardise="group")
+    assert (beside.channels, beside.beside, scaled.channels, factor.channels) == (4, 2, 2, 1)
+    split = beside.splits["train"]
+    k = int(split.index[7])
+    mine = x[record == record[k]].astype(np.float64)
+    alike = (mine - mine.mean(1, keepdims=True)) / mine.std(1, keepdims=True)
+    wave = (x[k] - x[k].mean()) / x[k].astype(np.float64).std()
+    assert np.allclose(split.read(7)[:2].numpy(), [wave, np.median(alike, 0)], atol=1e-5)
+    # torch's median of an even number of values is the lower of the two in the middle
+    lower = mine - np.sort(mine, 1)[:, (mine.shape[1] - 1) // 2][:, None]
+    middle = np.median(lower, 0)
+    own = (x[k] - np.sort(x[k])[(len(x[k]) - 1) // 2]) / np.abs(middle).max()
+    found = scaled.splits["train"].read(7).numpy()
+    assert np.allclose(found, [own, middle / np.abs(middle).max()], atol=1e-5) and np.abs(found[1]).max() == 1
+    assert np.array_equal(factor.splits["train"].read(7).numpy(), found[:1])
+    assert np.array_equal(scaled.splits["train"].groups, record[split.index].astype(str))
+    for options, told in (({"reference": True}, "reference needs groups"), ({"standardise": "group"}, "group needs")):
+        with pytest.raises(DataError, match=told):
+            open_source(data, **options)
+    with pytest.raises(DataError, match="standardise must be true, false or group"):
+        open_source(data, group="record", standardise="all")
+
+
 def test_folds_and_several_labels(tmp_path):
     x, fold = beats(100, (50, 2))[0], np.arange(100) % 10 + 1
     y = (RNG.random((100, 3)) < 0.4).astype(np.uint8)

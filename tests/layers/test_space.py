@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
@@ -459,6 +460,56 @@ def test_bfloat16_convolution_of_two_channels_with_a_large_kernel(ndim):
         full = layer(x)
         half = layer.bfloat16()(x.bfloat16()).float()
     assert ((half - full).norm() / full.norm()).item() <= 0.02
+
+
+@pytest.fixture
+def freed_memory_is_garbage():
+    """glibc fills what is freed, so that reading it shows (MALLOC_PERTURB_ from within)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-6, 165)
+    yield
+    if mallopt is not None:
+        mallopt(-6, 0)
+
+
+@pytest.mark.parametrize("autocast", (True, False))
+@pytest.mark.parametrize(
+    ("sides", "channels", "kernel", "stride", "groups"),
+    [
+        ((1, 1), 64, 3, 2, 1),  # the coarsest maps of a detector; the weight's gradient was NaN now and then
+        ((2, 1), 64, 3, 2, 64),
+        ((64, 2), 16, 3, 2, 1),  # a tall map; wrong outputs
+        ((3, 3), 16, 7, 4, 1),
+        ((40, 3), 40, 2, 2, 1),
+        ((16, 16), 16, 4, 4, 1),  # patches of few channels; wrong outputs
+        ((48,), 12, 8, 8, 1),
+        ((8, 8, 2), 16, 3, 2, 1),
+        ((2, 2, 6), 16, 3, 1, 16),  # a flat volume, depthwise
+    ],
+)
+def test_bfloat16_convolutions_that_torch_gets_wrong(
+    sides, channels, kernel, stride, groups, autocast, freed_memory_is_garbage
+):
+    torch.manual_seed(0)
+    padding = 0 if stride in (kernel, 1) and groups == 1 else kernel // 2
+    layer = Conv(len(sides), channels, 64 if groups == 1 else channels, kernel, stride, padding, groups=groups)
+    x = torch.randn(2, *sides, channels, requires_grad=True)
+    y = layer(x)
+    given = torch.randn_like(y)
+    wanted = (y, *torch.autograd.grad(y, (x, *layer.parameters()), given))
+    if autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        inputs = (x, *layer.parameters())
+    else:
+        layer.bfloat16()
+        x = x.detach().bfloat16().requires_grad_()
+        y, inputs = layer(x), (x, *layer.parameters())
+    assert y.dtype == torch.bfloat16
+    found = (y, *torch.autograd.grad(y, inputs, given.bfloat16()))
+    for a, b in zip(found, wanted, strict=True):
+        assert ((a.float() - b).norm() / b.norm()).item() <= 0.03
 
 
 @pytest.mark.parametrize("count", (True, False))

@@ -1,5 +1,7 @@
 """Class imbalance: weights against torch's formulas, draws against expected frequencies, resuming to the bit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from vertebra.data import DataError, Split, open_source
 from vertebra.data.loader import Samples, TrainOrder, eval_loader, train_loader
 from vertebra.tasks import create_loss
 from vertebra.train import Config, ConfigError, Run, fit, resume
-from vertebra.train.balance import Weighted, class_weights, sample_weights
+from vertebra.train.balance import Weighted, class_weights, draw_weights, group_weights, sample_weights
 from vertebra.train.watch import Watch
 
 
@@ -33,6 +35,18 @@ def test_weights_are_inverse_to_frequency_with_mean_one():
     yes = MULTI.sum(0)
     assert np.allclose(class_weights(split_of(MULTI)), (200 - yes) / yes, rtol=1e-5)
     assert class_weights(split_of([[0, 1], [0, 0], [0, 1]]))[0] == 1  # never there
+
+
+def test_group_weights_keep_one_group_from_making_up_a_class():
+    labels, groups = np.array([0] * 8 + [1] * 4), np.array(list("aaaaaabb") + list("aaab"))
+    split = dataclasses.replace(split_of(labels), groups=groups)
+    weights = group_weights(split).numpy()
+    pairs = {("a", 0): 6, ("b", 0): 2, ("a", 1): 3, ("b", 1): 1}
+    want = np.array([(8, 4)[c] * pairs[g, c] for g, c in zip(groups, labels)]) ** -0.5
+    assert np.allclose(weights, want / want.mean(), rtol=1e-12)
+    assert torch.equal(draw_weights("group", split), group_weights(split)) and draw_weights("loss", split) is None
+    with pytest.raises(ConfigError, match="balance: group needs samples of one label"):
+        fit(Config(data="digits", balance="group", epochs=1))
 
 
 def test_weighted_loss_is_torchs():

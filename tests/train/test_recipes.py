@@ -128,13 +128,27 @@ def test_the_command_line_takes_and_lists_them(tiny, tmp_path, capsys, monkeypat
     assert (code, err) == (0, "") and str(tmp_path / "range" / "lr_range.png") in out
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_shipped_recipe_resolves(name, flowers):
+DENSE = ("segmentation", "detection")  # these recipes are in test_dense_recipes.py
+OTHERS = [name for name in sorted(recipes()) if read_recipe(name).values.get("task") not in DENSE]
+
+
+@pytest.fixture(scope="module")
+def beats(tmp_path_factory):
+    """Ten patients with eight beats each, of two classes."""
+    path, draw = tmp_path_factory.mktemp("beats") / "beats.npz", np.random.default_rng(0)
+    record = np.repeat(np.arange(10), 8)
+    np.savez(path, x=draw.normal(size=(80, 64)), y=np.tile([0, 1], 40), record=record, rr=draw.random((80, 2)) + 0.5)
+    return path
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_shipped_recipe_resolves(name, flowers, beats):
     """For its own model, with the figures filled in; and what prepares the images runs."""
     given = read_recipe(name)
-    config = build_config({}, ["data=" + ("digits" if name == "signals" else str(flowers))], recipe=name)
+    data = {"signals": "digits", "beats": beats}.get(name, flowers)
+    config = build_config({}, [f"data={data}"], recipe=name)
     assert config.model in vertebra.list_models() or config.model == "composed"
-    source = open_source(config.data)
+    source = open_source(config.data, **config.data_options)
     done = resolve(config, source)
     for key, value in given.values.items():
         if value is not None and key not in ("drop_path_rate", "scale", "ratio") and not isinstance(value, dict | str):

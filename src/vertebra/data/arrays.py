@@ -8,7 +8,7 @@ Samples stay as they are stored (int16, mapped npy files) and become float32 one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .arrayfiles import Npys, Npz, read_table
 from .grouped import carve_groups
+from .middles import Middles
 from .source import DataError, Source, Split, carve
 
 FILES = {".npz", ".npy", ".csv"}
@@ -43,6 +44,8 @@ class Table:
     parts: np.ndarray | None = None  # (N,) "train", "val" or "test" as the data say; "" for what may be split
     notes: list[str] = field(default_factory=list)
     beside: int = 0  # of the channels, those that are features
+    maps: Sequence[np.ndarray] | None = None  # in place of y: (N, *S) each, one after the other
+    shapes: np.ndarray | None = None  # (N, axes): how much of a sample is no padding
 
 
 def open_arrays(
@@ -53,7 +56,8 @@ def open_arrays(
     split: str | int | None = None,
     features: Any = None,
     ratio: bool | str = False,
-    standardise: bool = False,
+    standardise: bool | str = False,
+    reference: bool = False,
     classes: Any = None,
     only: Sequence[str] | None = None,
     train_folds: Sequence[int] | None = None,
@@ -64,8 +68,14 @@ def open_arrays(
     layout: str = "first",
     scale: float = 1.0,
     table: str | None = None,
+    maps: bool | None = None,
+    shape: str | None = None,
+    padding: str = "void",
+    values: Sequence[int] | None = None,
+    ignore: Any = 255,
+    bad: str = "stop",
 ) -> Source:
-    """Samples of one, two or three axes with labels.
+    """Samples of one, two or three axes with labels, or with a class for every position.
 
     `x`, `y`, `group`, `split` and `features` name arrays or columns; those of an npz file or a folder of npy files may
     end in _train, _val and _test. Samples are multiplied by `scale`.
@@ -75,10 +85,15 @@ def open_arrays(
         given is split off train, the shares `val` and `test`.
     features: numbers beside a sample, appended as constant channels; `ratio` true appends them also divided by their
         median over the group, "only" in their stead.
-    standardise: bring each channel of a sample (not its features) to mean 0 and deviation 1 by itself.
+    standardise: bring each channel of a sample (not its features) to mean 0 and deviation 1 by itself; "group" to
+        median 0, and all samples of a group by one factor, so that the group's median sample reaches 1.
+    reference: append the group's median sample as channels, so that a network sees what is unlike the others of its
+        group. It needs no labels, but the group's other samples.
     classes, only: class names or the name of the array that has them; those to keep.
     layout: first (N, C, *S), last (N, *S, C) or none (N, *S).
     table: the csv of wfdb records.
+    maps: whether y (N, *S) has a class for each position; open: where it has two or three such axes, those of x.
+    shape, padding, values, ignore, bad: of maps, see `maps.py`.
 
     Raises DataError.
     """
@@ -88,32 +103,54 @@ def open_arrays(
         raise DataError(f"{root}: layout must be first, last or none, got {layout!r}")
     if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
         raise DataError(f"{root}: the shares val {val} and test {test} must be above 0 and together below 1")
-    names = {"x": x, "y": y, "group": group, "split": split, "features": features}
+    names = {"x": x, "y": y, "group": group, "split": split, "features": features, "shape": shape}
     if ratio not in (False, True, "only"):
         raise DataError(f"{root}: ratio must be true, false or only, got {ratio!r}")
-    if standardise and root.is_dir() and not any(root.glob("*.npy")):
-        raise DataError(f"{root}: standardise is for arrays; set normalise to sample for one file a sample")
+    if standardise not in (False, True, "group"):
+        raise DataError(f"{root}: standardise must be true, false or group, got {standardise!r}")
+    if (standardise or reference) and root.is_dir() and not any(root.glob("*.npy")):
+        told = "standardise is for arrays; set normalise to sample" if standardise else "reference is for arrays, not"
+        raise DataError(f"{root}: {told} for one file a sample")
     if root.is_dir() and is_records(root):
         found = open_records(root, table, names)
     elif root.is_dir() and not any(root.glob("*.npy")):
         found = open_files(root, layout, scale)
     else:
-        found = _stored(root, names, ratio, layout, scale, standardise)
-    labels, named, task = encode(found.y, _class_names(root, classes), str(root))
+        found = _stored(root, names, ratio, layout, scale, standardise, reference, maps)
+    if found.maps is None and (maps or shape):
+        raise DataError(f"{root}: the labels are no maps: y must be (N, *S) with the axes of x (N, *S) or x's layout")
+    mapped = None
+    if found.maps is not None:
+        from .maps import open_maps
+
+        if only is not None:
+            raise DataError(f"{root}: only is for labels, and y has a class for every position")
+        mapped = open_maps(root, found, _class_names(root, classes), values, ignore, padding, bad)
+        found = mapped.table
+    if mapped is None:
+        labels, named, task = encode(found.y, _class_names(root, classes), str(root))
+    else:  # all of one class: a map has many
+        labels, named, task = np.zeros(len(found.names), np.int64), ("all",), "segmentation"
     parts = _parts(root, found, {"train": train_folds, "val": val_folds, "test": test_folds})
     index = np.arange(len(labels))
     notes = list(found.notes)
     if only is not None:
         index, labels, named = _only(root, labels, named, task, only)
         notes.append(f"{len(found.names) - len(index)} samples of other classes than {', '.join(named)} left out")
-    whole = Split([found.names[i] for i in index], labels, found.load, index)
+    if mapped is not None:
+        labels, index = labels[mapped.kept], mapped.kept
+    targets = None if mapped is None else mapped.targets
+    whole = Split([found.names[i] for i in index], labels, found.load, index, targets)
     groups = None if found.groups is None else found.groups[index]
+    whole = replace(whole, groups=groups)
     splits = _divide(root, whole, None if parts is None else parts[index], groups, {"val": val, "test": test}, named)
     if missing := {"val", "test"} - (set() if parts is None else set(parts)):
         how = "whole groups, classes as even as they allow" if groups is not None else "the same share of every class"
         notes.append(f"{' and '.join(sorted(missing, reverse=True))} split off train: {how}")
-    shape = "x".join(map(str, found.size))
-    notes.insert(0, f"{found.channels} channel{'s' if found.channels > 1 else ''} of {shape}")
+    sides = "x".join(map(str, found.size))
+    notes.insert(0, f"{found.channels} channel{'s' if found.channels > 1 else ''} of {sides}")
+    if mapped is not None:
+        return mapped.source(root.stem, splits, notes)
     return Source(
         root.stem, "signals", named, found.channels, splits, (), tuple(notes), task, len(found.size), found.size,
         beside=found.beside,
@@ -130,19 +167,29 @@ class Rows:
         layout: str = "none",
         scale: float = 1.0,
         features: np.ndarray | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
     ) -> None:
         self.arrays, self.names, self.layout, self.scale, self.features = list(arrays), names, layout, scale, features
         self.standardise = standardise
+        self.middles: Middles | None = None
         self.starts = np.cumsum([0, *(len(a) for a in arrays)])
 
-    def __call__(self, i: int) -> Tensor:
+    def wave(self, i: int) -> Tensor:
+        """The i-th sample without what is appended, standardised but for the group's factor."""
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
         sample = arranged(self.arrays[part][i - self.starts[part]], self.layout, self.scale, self.names[i])
+        axes = tuple(range(1, sample.ndim))
+        if self.standardise == "group":
+            return sample - sample.flatten(1).median(1).values.view(-1, *(1,) * len(axes))
         if self.standardise:
-            axes = tuple(range(1, sample.ndim))
             deviation = sample.std(axes, correction=0, keepdim=True)
             sample = (sample - sample.mean(axes, keepdim=True)) / deviation.clamp(min=1e-6)
+        return sample
+
+    def __call__(self, i: int) -> Tensor:
+        sample = self.wave(i)
+        if self.middles is not None:
+            sample = self.middles(i, sample)
         if self.features is None:
             return sample
         beside = torch.from_numpy(self.features[i])
@@ -183,8 +230,9 @@ def check_numbers(array: np.ndarray, where: str) -> None:
 
 
 def _stored(
-    root: Path, names: Mapping[str, Any], ratio: bool | str, layout: str, scale: float, standardise: bool
-) -> Table:
+    root: Path, names: Mapping[str, Any], ratio: bool | str, layout: str, scale: float, standardise: bool | str,
+    reference: bool = False, maps: bool | None = None,
+) -> Table:  # fmt: skip
     """One array a role, or one a role and split: npz, npy, csv."""
     archive: Mapping[str, np.ndarray]
     names = dict(names)
@@ -212,8 +260,10 @@ def _stored(
                 raise DataError(f"{where}: {len(array) if array.ndim else 0} entries for {len(samples)} samples")
             if not len(array):
                 raise DataError(f"{where}: is empty")
-            if role in ("x", "features"):
+            if role in ("x", "features", "shape"):
                 check_numbers(array, where)
+    if same_axes(found["x"][0], found["y"][0], maps):
+        layout = "none"
     shapes = [shape_of(a.shape[1:], layout, f"{root} {keys['x'][p]}") for p, a in zip(parts, found["x"], strict=True)]
     if len({(channels, len(size)) for channels, size, _ in shapes}) > 1:
         raise DataError(f"{root}: the splits have samples of different channels or axes")
@@ -236,12 +286,33 @@ def _stored(
         if given is not None:
             raise DataError(f"{root}: x is stored by split already, split cannot be given too")
         given = _texts(found["split"][0])
+    dense = maps is not False and are_maps(found["y"], [a.shape[1:] for a in found["x"]], layout, bool(maps))
     try:
-        y = np.concatenate(found["y"])
+        y = np.zeros(len(labels), np.int64) if dense else np.concatenate(found["y"])
     except ValueError as e:
         raise DataError(f"{root}: the labels of the splits do not fit together ({e})") from e
     rows = Rows(found["x"], labels, layout, scale, beside, standardise)
-    return Table(labels, rows, y, channels, size, groups, given, beside=0 if beside is None else beside.shape[1])
+    if reference or standardise == "group":
+        if groups is None:
+            wanted = "reference" if reference else "standardise: group"
+            raise DataError(f"{root}: {wanted} needs groups: name them with data_options.group")
+        rows.middles = Middles(rows.wave, groups, reference, standardise == "group")
+        channels += (channels - (0 if beside is None else beside.shape[1])) * reference
+    return Table(
+        labels, rows, y, channels, size, groups, given, beside=0 if beside is None else beside.shape[1],
+        maps=found["y"] if dense else None, shapes=np.concatenate(found["shape"]) if "shape" in found else None,
+    )  # fmt: skip
+
+
+def same_axes(x: np.ndarray, y: np.ndarray, maps: bool | None) -> bool:
+    """Whether y says of x that it has no axis of channels: both are (N, *S) and y has a class for each position."""
+    return maps is not False and x.shape == y.shape and (y.ndim > 2 or bool(maps))
+
+
+def are_maps(ys: Sequence[np.ndarray], shapes: Sequence[Sequence[int]], layout: str, rows: bool) -> bool:
+    """Whether every y is (N, *S) for samples of `shapes`; with one axis, like rows of labels, only if it is asked."""
+    fit = all(tuple(y.shape[1:]) == shape_of(shape, layout, "y")[1] for y, shape in zip(ys, shapes, strict=True))
+    return fit and (rows or ys[0].ndim > 2)
 
 
 def _told(parts: Sequence[str] | Mapping[str, str]) -> str:

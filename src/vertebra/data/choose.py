@@ -1,4 +1,4 @@
-"""Which reader opens what is neither an embedded set nor a plain folder: series, shards and tables.
+"""Which reader opens what is neither an embedded set nor a plain folder: series, shards, dense targets and tables.
 
 A series is asked for: by the option `horizon`, or by `series:` before the path. Shards are known by `.tar` (a file, a
 glob, a brace list, a URL, or a folder of them), tables by `.parquet` or by the files that `save_to_disk` leaves.
@@ -26,6 +26,8 @@ def choose(data: str, options: Mapping[str, Any]) -> tuple[Callable[..., Source]
 
         return open_shards, (data,)
     path = Path(data).expanduser()
+    if (dense := choose_dense(path, options)) is not None:
+        return dense
     if is_tables(path):
         from .tables import open_tables
 
@@ -37,6 +39,23 @@ def choose(data: str, options: Mapping[str, Any]) -> tuple[Callable[..., Source]
     if "://" in data or data.startswith("pipe:"):
         raise DataError(f"{data}: of URLs those of .tar shards can be read, by http, https or file")
     return None
+
+
+def choose_dense(path: Path, options: Mapping[str, Any]) -> tuple[Callable[..., Source], tuple[Any, ...]] | None:
+    """Objects in COCO's or VOC's format, or images with class maps.
+
+    Known by the usual names of files and folders, or by options that name them: `train` a json file, `annotations` a
+    folder of xml files, `masks` one of masks.
+    """
+    from .coco import is_coco, open_coco
+    from .masks import is_masks, open_masks
+    from .voc import is_voc, open_voc
+
+    if str(options.get("train", "")).endswith(".json") or is_coco(path):
+        return open_coco, (path,)
+    if isinstance(options.get("annotations"), str) or is_voc(path):
+        return open_voc, (path,)
+    return (open_masks, (path,)) if isinstance(options.get("masks"), str) or is_masks(path) else None
 
 
 def is_shards(data: str) -> bool:

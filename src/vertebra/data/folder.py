@@ -18,15 +18,18 @@ SHARES = {"val": 0.1, "test": 0.2}
 GREY = ("1", "L", "LA", "I", "F")
 
 
-def read_image(path: str | Path | IO[bytes], channels: int, name: str | None = None) -> Tensor:
-    """uint8 (channels, H, W), turned as its EXIF tag says; channels is 1 or 3. DataError names path or `name`."""
+def read_image(path: str | Path | IO[bytes], channels: int, name: str | None = None, upright: bool = True) -> Tensor:
+    """uint8 (channels, H, W), if `upright` turned as its EXIF tag says; channels is 1 or 3.
+
+    DataError names path or `name`.
+    """
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files; a bomb is an error above its limit
             with Image.open(path, formats=FORMATS) as file:
-                image = ImageOps.exif_transpose(file)
+                image = ImageOps.exif_transpose(file) if upright else file
                 if image.mode.startswith("I") or image.mode == "F":
                     image = _eight_bits(image)
                 array = np.array(image.convert("L" if channels == 1 else "RGB"))

@@ -6,7 +6,7 @@ uninterrupted one would have seen.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,13 @@ from .source import DataError, Skipped, Split
 
 
 class Batch(NamedTuple):
-    """Samples (B, C, *S), targets (B, ...), positions in the split (B,), and what could not be read."""
+    """Samples (B, C, *S), targets (B, ...), positions in the split (B,), and what could not be read.
 
-    images: Tensor
-    targets: Tensor
+    Samples of different sizes are a list of (C, *S); targets that are no tensors or of different sizes are a list too.
+    """
+
+    images: Any
+    targets: Any
     positions: Tensor
     skipped: list[Skipped]
 
@@ -98,7 +101,7 @@ class Samples(Dataset):
     def __init__(
         self,
         split: Split,
-        transform: Callable[[Tensor], Tensor],
+        transform: Callable[..., Any],
         seed: int = 0,
         target: Callable[[Any], Tensor] = torch.as_tensor,
     ) -> None:
@@ -121,6 +124,8 @@ class Samples(Dataset):
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(derive(self.seed, *key))
         try:
+            if getattr(self.transform, "joint", False):  # the target goes where the pixels go
+                return *self.transform(image, target()), key[1]
             return self.transform(image), self.target(target()), key[1]
         except DataError as e:
             return Skipped(name(), str(e))
@@ -135,7 +140,13 @@ def collate(samples: list[tuple[Tensor, Tensor, int] | Skipped]) -> Batch | list
     if not good:
         return bad
     images, targets, positions = zip(*good)
-    return Batch(torch.stack(images), torch.stack(targets), torch.tensor(positions), bad)
+    if isinstance(targets[0], dict):  # objects: their images may be of any size in another batch
+        return Batch(list(images), list(targets), torch.tensor(positions), bad)
+    return Batch(_together(images), _together(targets), torch.tensor(positions), bad)
+
+
+def _together(items: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(list(items)) if len({item.shape for item in items}) == 1 else list(items)
 
 
 def train_loader(images: Samples, order: TrainOrder, workers: int) -> DataLoader:

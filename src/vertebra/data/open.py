@@ -54,7 +54,10 @@ def open_unseen(data: str, classes: tuple[str, ...], kind: str = "folder", **opt
 
         same = {key: options[key] for key in ("label", "channels") if key in options}
         return open_shards(data, classes=classes, whole=True, **same)
-    source = open_source(data, **options)
+    dense = {"whole": True} if kind in ("coco", "voc", "masks") else {}
+    if kind in ("coco", "voc") and not isinstance(options.get("classes"), dict):
+        dense["classes"] = classes  # type: ignore[assignment]
+    source = open_source(data, **options | dense)
     if source.classes != classes:
         raise DataError(f"{data}: its classes {list(source.classes)} are not the model's {list(classes)}")
     return source

@@ -30,7 +30,8 @@ class Split:
     labels: np.ndarray  # (N,) class numbers, or (N, classes) of 0 and 1; what `targets` gives wins over it
     load: Callable[[int], Tensor] = field(repr=False)  # position -> (C, *S); DataError if it cannot be read
     index: np.ndarray = field(repr=False)  # (N,) what `load` is called with
-    targets: Callable[[int], Tensor] | None = field(default=None, repr=False)  # as `load`: what is to be predicted
+    targets: Callable[[int], Any] | None = field(default=None, repr=False)  # as `load`: what is to be predicted
+    groups: np.ndarray | None = field(default=None, repr=False)  # (N,) whom a sample is of, where that is known
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +47,8 @@ class Split:
     def take(self, positions: np.ndarray) -> "Split":
         """The samples at these positions, in this order."""
         names = [self.names[i] for i in positions]
-        return replace(self, names=names, labels=self.labels[positions], index=self.index[positions])
+        groups = None if self.groups is None else self.groups[positions]
+        return replace(self, names=names, labels=self.labels[positions], index=self.index[positions], groups=groups)
 
     def limit(self, n: int) -> "Split":
         """At most n samples, classes as even as they allow, always the same ones."""
@@ -73,12 +75,15 @@ class Source:
     splits: dict[str, Split]
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()  # what was decided by the data, for people
-    task: str = "single"  # single, multi or forecast: see train/task.py
+    task: str = "single"  # single, multi, forecast, segmentation or detection: see train/task.py
     ndim: int = 2
     size: tuple[int, ...] | None = None  # of a sample, where all have the same
     horizon: int | None = None  # steps to forecast
     beside: int = 0  # channels at the end that are numbers of a sample, not part of its wave
     scaled: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and deviation they were scaled by already
+    ignore: int = 255  # segmentation: what marks positions without a class
+    masks: bool = False  # detection: whether objects have masks
+    content: str = ""  # of dense targets, which `labels` does not hold: a hash of all of them
 
     def fingerprint(self) -> str:
         """Changes when a sample, its label or its split changes (not when pixels do)."""
@@ -89,6 +94,8 @@ class Source:
             h.update(np.ascontiguousarray(split.labels, "<i8").tobytes())
         if self.horizon is not None:
             h.update(f"{self.size} {self.horizon}".encode())
+        if self.content:
+            h.update(f"{self.ignore} {self.masks} {self.content}".encode())
         return h.hexdigest()[:16]
 
 

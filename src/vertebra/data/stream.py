@@ -105,7 +105,10 @@ def open_stream(
         raise DataError(f"{root}: channels must be 1 or 3, got {channels!r}")
     urls, zeros = tuple(places["train"]), np.zeros(samples, np.int64)
     head = Head()
-    train = StreamSplit(urls, zeros, head, np.arange(samples), None, urls, known, label, channels, shuffle, stop)
+    train = StreamSplit(
+        urls, zeros, head, np.arange(samples),
+        urls=urls, known=known, label=label, channels=channels, shuffle=shuffle, stop=stop,
+    )  # fmt: skip
     head.split = train
     splits: dict[str, Split] = {"train": train}
     bad: list[Skipped] = []

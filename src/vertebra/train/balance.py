@@ -42,6 +42,26 @@ def sample_weights(split: Split) -> Tensor:
     return torch.from_numpy(weights / weights.mean())
 
 
+def group_weights(split: Split) -> Tensor:
+    """(N,) float64, mean one: what `balance: group` draws by, 1 / sqrt(n_c n_gc).
+
+    n_c are the samples of class c, n_gc those of them in the sample's group (a patient, a record). Rare classes become
+    more frequent, though not as frequent as the others, and nobody's samples make up most of a class: a network learns
+    less of who somebody is.
+    """
+    assert split.groups is not None
+    labels, group = split.labels, np.unique(split.groups, return_inverse=True)[1]
+    pair = np.unique(group * (labels.max() + 1) + labels, return_inverse=True)[1]
+    weights = 1 / np.sqrt(np.bincount(labels)[labels] * np.bincount(pair)[pair])
+    return torch.from_numpy(weights / weights.mean())
+
+
+def draw_weights(balance: str, split: Split) -> Tensor | None:
+    """What the setting `balance` draws training samples by; None: each once."""
+    ways = {"sample": sample_weights, "group": group_weights}
+    return ways[balance](split) if balance in ways else None
+
+
 class Weighted(nn.Module):
     """`loss` (with reduction "none") of each sample times its class's weight, then the mean over the samples.
 

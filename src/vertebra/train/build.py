@@ -19,6 +19,15 @@ from ..tasks import Loss, create_loss
 from ..tasks.losses import TEACHER
 from .balance import Weighted, class_weights
 from .config import Config, ConfigError
+from .dense import DENSE, make_dense_task
+from .dense_setup import (
+    check_dense,
+    dense_choices,
+    is_image,
+    make_dense_loss,
+    make_dense_model,
+    make_dense_transforms,
+)
 from .task import TASKS, Task
 
 # What is used where the configuration leaves it open. Digits: measured; the others: the usual values. One thread for
@@ -99,16 +108,19 @@ def resolve(config: Config, source: Source) -> Config:
     """The configuration with nothing left open that training depends on. Raises ConfigError for a contradiction."""
     inputs = model_info(config.model).inputs
     weights = config.pretrained or config.checkpoint is not None
+    dense = source.task in DENSE
     image = source.ndim == 2 and source.task == "single" and source.kind in ("digits", "idx", "folder")
+    image = image or (dense and is_image(source))
     channels = config.channels or (3 if weights and image else source.channels)
     size: Any = source.size or _side(inputs.size)
     chosen: dict[str, Any] = {"img_size": size, "workers": 0, "threads": torch.get_num_threads()}
-    chosen |= RECIPES[source.kind]
-    if weights:
-        chosen["lr"] *= 0.2  # fine-tuning
     for key, there in (("ndim", source.ndim), ("task", source.task)):
         if getattr(config, key) not in (None, there):
             raise ConfigError(f"{key}: the data are of {key} {there}, got {getattr(config, key)!r}")
+    check_dense(config, source)
+    chosen |= dense_choices(config, source) if dense else RECIPES[source.kind]
+    if weights:
+        chosen["lr"] *= 0.2  # fine-tuning
     if source.task == "forecast":
         _check_forecast(config, source)
     if wrong := [key for key in EXTRAS if getattr(config, key) is not None and not image]:
@@ -120,6 +132,8 @@ def resolve(config: Config, source: Source) -> Config:
     loss = task.loss if config.teacher is None else "soft_distillation"
     if config.balance != "none" and source.splits["train"].targets is not None:
         raise ConfigError(f"balance: task {task.name} has no classes to balance")
+    if config.balance == "group" and (source.splits["train"].groups is None or task.name != "single"):
+        raise ConfigError("balance: group needs samples of one label, and groups (data_options.group)")
     if config.balance == "loss" and not config.class_weights:
         config = config.model_copy(update={"class_weights": class_weights(source.splits["train"])})
     if config.class_weights and len(config.class_weights) != len(source.classes):
@@ -136,7 +150,7 @@ def resolve(config: Config, source: Source) -> Config:
             chosen["normalise"], (chosen["mean"], chosen["std"]) = "none", source.scaled
         elif config.mean is None or config.std is None:
             chosen["mean"], chosen["std"] = waves.statistics(source.splits["train"], channels)
-        return _resolved(config, chosen, channels)
+        return _resolved(config, chosen, channels, source)
     if channels not in (1, 3):
         raise ConfigError(f"channels: images have 1 or 3, got {channels}")
     chosen["crop"] = inputs.crop if source.kind == "folder" else 1.0
@@ -146,12 +160,18 @@ def resolve(config: Config, source: Source) -> Config:
         chosen["mean"], chosen["std"] = tuple(inputs.mean), tuple(inputs.std)
     elif config.mean is None or config.std is None:
         chosen["mean"], chosen["std"] = _grey_statistics(source)
-    return _resolved(config, chosen, channels)
+    return _resolved(config, chosen, channels, source)
 
 
-def _resolved(config: Config, chosen: dict[str, Any], channels: int) -> Config:
+def _resolved(config: Config, chosen: dict[str, Any], channels: int, source: Source) -> Config:
     """`config` with what is `chosen` where it leaves something open."""
     given = config.model_dump()
+    if config.iterations is not None:
+        batch = min(config.batch_size or chosen["batch_size"], len(source.splits["train"]))
+        chosen["epochs"] = -(-config.iterations // (len(source.splits["train"]) // batch))
+        if config.epochs not in (None, chosen["epochs"]):  # a run's own file has both, and they agree
+            raise ConfigError(f"iterations: {config.iterations} are {chosen['epochs']} epochs, got epochs "
+                              f"{config.epochs} too; iterations=null leaves them to epochs")  # fmt: skip
     resolved = Config(**given | {key: value for key, value in chosen.items() if given[key] is None})
     assert resolved.mean is not None and resolved.std is not None and resolved.batch_size is not None
     if not len(resolved.mean) == len(resolved.std) == channels:
@@ -197,10 +217,15 @@ def make_view(config: Config) -> View | WaveView:
     return View((height, width), config.channels, config.mean, config.std, config.crop, config.interpolation, order)
 
 
-def make_transforms(config: Config) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What samples go through in training and in testing."""
+def make_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What samples (of segmentation and detection with their targets) go through in training and in testing."""
     view = make_view(config)
     assert config.augment is not None
+    if config.task in DENSE:
+        try:
+            return make_dense_transforms(config, view)
+        except ValueError as e:
+            raise ConfigError(" ".join(str(e).split())) from e
     if isinstance(view, WaveView):
         return waves.train_transform(view, config.augment), waves.eval_transform(view)
     extras = transforms.Extras(**{key: getattr(config, key) for key in EXTRAS})
@@ -211,7 +236,7 @@ def make_transforms(config: Config) -> tuple[Callable[[Tensor], Tensor], Callabl
 
 
 def make_task(config: Config) -> Task:
-    return TASKS[config.task or "single"]
+    return make_dense_task(config) if config.task in DENSE else TASKS[config.task or "single"]
 
 
 def blank(config: Config) -> Tensor:
@@ -225,9 +250,10 @@ def outputs_of(source: Source) -> int:
     return len(source.classes) if source.horizon is None else source.horizon
 
 
-def make_model(config: Config, num_classes: int, start: bool = False) -> Backbone:
-    """The model of a resolved configuration, tried on one blank sample; `start` loads the weights to start from.
+def make_model(config: Config, num_classes: int, start: bool = False) -> Any:
+    """The model of a resolved configuration (a detector excepted) tried on one blank sample.
 
+    `start` loads the weights to start from.
     Raises ConfigError for an option or an input size that the model refuses.
     """
     size = config.img_size
@@ -242,7 +268,12 @@ def make_model(config: Config, num_classes: int, start: bool = False) -> Backbon
     if start:
         options |= {"pretrained": config.pretrained, "checkpoint": config.checkpoint}
     try:
-        model = vertebra.create_model(config.model, **options | config.overrides).eval()
+        if config.task in DENSE:
+            model = make_dense_model(config, num_classes, options).eval()
+        else:
+            model = vertebra.create_model(config.model, **options | config.overrides).eval()
+        if config.task == "detection":  # it takes any size, and its usual one takes long
+            return model
         with torch.inference_mode():
             model(blank(config))
     except (ValueError, TypeError, OSError) as e:
@@ -272,7 +303,7 @@ def _must_listen(loss: Any, outputs: dict[str, Tensor], target: Tensor, name: st
     raise ValueError(f"{name} does not read a teacher; take soft_, hard_ or token_distillation, or no teacher")
 
 
-def make_loss(config: Config, model: Backbone, teacher: Backbone | None = None) -> Loss:
+def make_loss(config: Config, model: Any, teacher: Backbone | None = None) -> Loss:
     """The loss of a resolved configuration, tried on the model's outputs for one blank sample.
 
     Raises ConfigError for an unknown name or option, and where the loss reads what the model does not give.
@@ -283,7 +314,9 @@ def make_loss(config: Config, model: Backbone, teacher: Backbone | None = None) 
         raise ConfigError(f"loss: {name} does not fit task {task.name}; there are: {', '.join(task.losses)}")
     smoothing = {"label_smoothing": config.label_smoothing} if task.name == "single" else {}
     try:
-        loss = _balanced(config, name, task, smoothing | config.loss_options)
+        if task.name == "detection":
+            return make_dense_loss(config)
+        loss = make_dense_loss(config) if task.dense else _balanced(config, name, task, smoothing | config.loss_options)
         with torch.inference_mode():
             outputs = model.eval().forward_outputs(blank(config))
             prediction = outputs[model.prediction]

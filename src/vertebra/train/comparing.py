@@ -6,17 +6,21 @@ import csv
 import io
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..backbone import Backbone
-from ..inspect import measure_cost, training_memory
+from ..inspect import Cost, measure_cost, training_memory
+from ..inspect.cost import record_attention
 from .build import blank, expand, make_loss, make_model, make_task, threads
 from .config import Config, ConfigError
+from .dense import DENSE
 from .files import write_atomic
 from .fitting import fit, resume
 from .loop import TrainError
@@ -42,7 +46,8 @@ class Comparison:
 
     GMACs and median latency are of one sample as it was trained, latency and training throughput on this machine;
     `memory_mib` is what forward and backward of one batch hold at most on the CPU, weights not counted (as worked off:
-    a part of a batch where `accumulate` is above 1). One that failed has an `error` and figures that are NaN.
+    a part of a batch where `accumulate` is above 1). What a detector costs depends on what it finds; of a cost that
+    cannot be had the figure is NaN. One that failed has an `error` and figures that are NaN.
     """
 
     name: str
@@ -99,7 +104,7 @@ def compare(
         folders = [out / name.replace("/", "_") / f"seed{seed}" for seed in range(seeds)]
         try:
             runs = [_run(config.model_copy(update={"seed": i}), folder, watch) for i, folder in enumerate(folders)]
-            rows.append(_row(name, runs))
+            rows.append(_row(name, runs, watch or Watch()))
         except (ConfigError, TrainError) as e:
             first = first or e
             rows.append(Comparison(name, none, none, none, none, none, none, none, (), error=str(e)))
@@ -126,17 +131,17 @@ def _run(config: Config, folder: Path, watch: Watch | None) -> Run:
     return Run.open(folder)
 
 
-def _row(name: str, runs: Sequence[Run]) -> Comparison:
+def _row(name: str, runs: Sequence[Run], watch: Watch) -> Comparison:
     results = [run.read_json("result.json") for run in runs]
     score = results[0]["score"]
-    accuracies = tuple(result[f"test_{score}"] for result in results)
+    found = [result[f"test_{score}"] for result in results]  # null is a figure that does not exist
+    accuracies = tuple(math.nan if value is None else value for value in found)
     config, counts = runs[0].config, runs[0].data["counts"]
     assert config.epochs
     seconds = statistics.mean(result["seconds"] for result in results)
     with threads(config):
         model = make_model(config, runs[0].outputs)
-        cost = measure_cost(model, config.sides)
-        memory = step_memory(config, model)
+        cost, memory = _cost(name, config, model, watch)
     return Comparison(
         name,
         statistics.mean(accuracies),
@@ -151,10 +156,57 @@ def _row(name: str, runs: Sequence[Run]) -> Comparison:
     )
 
 
-def step_memory(config: Config, model: Backbone) -> int:
+def _cost(name: str, config: Config, model: Any, watch: Watch) -> tuple[Cost, float]:
+    """Cost of a sample, and bytes of a step; a dense network that refuses the size or the counting has no figures."""
+    measure = _detector_cost if config.task == "detection" else measure_cost
+    try:
+        return measure(model, config.sides), step_memory(config, model)
+    except (ValueError, RuntimeError, NotImplementedError, TypeError) as e:
+        if config.task not in DENSE:
+            raise
+        watch.note(f"{name}: its cost at {config.sides} cannot be measured ({' '.join(str(e).split())[:200]})")
+        params = sum(p.numel() for p in model.parameters()) / 1e6
+        return Cost(params, math.nan, math.nan), math.nan
+
+
+def _detector_cost(model: Any, sides: Sequence[int], repeats: int = 3) -> Cost:
+    """`measure_cost` of a detector, counted as it runs: on nothing but shapes there are no boxes to sort."""
+    x, times = torch.rand(1, model.in_chans, *sides), []
+    model.eval()
+    with torch.no_grad():
+        for i in range(repeats + 1):
+            start = time.perf_counter()
+            model(x)
+            if i:
+                times.append(time.perf_counter() - start)
+        with FlopCounterMode(display=False) as counter, record_attention():
+            model(x)
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    return Cost(params, counter.get_total_flops() / 2e9, 1e3 * statistics.median(times))
+
+
+class _Taught(nn.Module):
+    """A detector that is given its targets: one object in every image."""
+
+    prediction = "losses"
+
+    def __init__(self, detector: Any, task: Any) -> None:
+        super().__init__()
+        self.detector, self.task, self.in_chans = detector, task, detector.in_chans
+
+    def forward_outputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        targets = [target for image in x for target in self.task.blank(self.detector.num_classes, tuple(image.shape))]
+        return self.task.outputs(self.detector, list(x), targets)
+
+
+def step_memory(config: Config, model: Any) -> int:
     """Peak bytes of a step with the run's own loss, a teacher's share of it left out."""
     assert config.batch_size
     part = -(-config.batch_size // config.accumulate)
+    if config.task == "detection":
+        learns, task = make_loss(config, model), make_task(config)
+        taught: Any = _Taught(model, task)
+        return training_memory(taught, config.sides, part, lambda found: learns(found, None))
     try:
         criterion = make_loss(config, model)
     except ConfigError:  # it needs a teacher

@@ -10,7 +10,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line."""
 
 
-OPEN = ("overrides", "data_options", "loss_options", "teacher_overrides", "opt_options")  # what has keys of its own
+# what has keys of its own
+OPEN = ("overrides", "data_options", "loss_options", "head_options", "teacher_overrides", "opt_options")
 
 
 class Config(BaseModel):
@@ -21,6 +22,8 @@ class Config(BaseModel):
     # what
     model: str = "pvt_v2_b0"
     overrides: dict[str, Any] = {}  # keyword arguments of the model's constructor
+    head: str | None = None  # of segmentation or detection: semantic_fpn, upernet ...; retinanet, mask_rcnn ...
+    head_options: dict[str, Any] = {}  # keyword arguments of the head's constructor
     data: str = "digits"
     data_options: dict[str, Any] = {}  # keyword arguments of the data's reader
     limit: int | None = Field(None, gt=0)  # samples a split
@@ -32,7 +35,7 @@ class Config(BaseModel):
     teacher_overrides: dict[str, Any] = {}  # keyword arguments of the teacher's constructor
     # samples; what concerns images only is left alone by signals and volumes
     ndim: Literal[1, 2, 3] | None = None
-    task: Literal["single", "multi", "forecast"] | None = None
+    task: Literal["single", "multi", "forecast", "segmentation", "detection"] | None = None
     img_size: int | tuple[int, ...] | None = None  # of each axis as the model is given it
     channels: int | None = Field(None, gt=0)
     normalise: Literal["set", "sample", "none"] | None = None  # of signals and volumes
@@ -49,11 +52,22 @@ class Config(BaseModel):
     color_jitter: float | None = Field(None, ge=0, le=1)  # largest change of brightness, contrast and saturation
     hflip: float | None = Field(None, ge=0, le=1)  # chance of mirroring left and right
     vflip: float | None = Field(None, ge=0, le=1)  # chance of mirroring up and down
+    flips: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()  # of segmented signals and volumes: for each axis
     scale: tuple[PositiveFloat, Annotated[float, Field(gt=0, le=1)]] | None = None  # area that random crops keep
     ratio: tuple[PositiveFloat, PositiveFloat] | None = None  # width by height of random crops
     repeats: int = Field(1, gt=0)  # so many differently augmented copies of a sample in a batch, fewer samples an epoch
+    # of segmentation and detection
+    ignore: int | None = None  # the number of a target's cells that count nowhere; None: as the data say
+    max_size: int | None = Field(None, gt=0)  # detection: no side is longer, whatever img_size says of the shorter one
+    short_sides: tuple[Annotated[int, Field(gt=0)], ...] = ()  # detection: the shorter side in training, one is drawn
+    scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None  # samples are scaled by, before they are cropped
+    window: int | tuple[int, ...] | None = None  # segmentation: test in windows of this size that slide over a sample
+    stride: int | tuple[int, ...] | None = None  # by so much; None: two thirds of a window
+    test_flip: bool = False  # test a sample also mirrored, and take the mean
+    test_scales: tuple[PositiveFloat, ...] = ()  # test a sample at these sizes, and take the mean
     # optimisation
     epochs: int | None = Field(None, gt=0)
+    iterations: int | None = Field(None, gt=0)  # steps in place of epochs, rounded up to whole epochs
     batch_size: int | None = Field(None, gt=0)  # over all devices
     opt: str = "adamw"  # any name timm.optim knows
     opt_options: dict[str, Any] = {}  # betas, eps, momentum and the like, as timm's optimizer takes them
@@ -77,7 +91,7 @@ class Config(BaseModel):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution; 0: off
     cutmix: float = Field(0.0, ge=0)  # the same; with both on each batch draws one of them
-    balance: Literal["none", "loss", "sample"] = "none"  # of classes: weights in the loss, or in what is drawn
+    balance: Literal["none", "loss", "sample", "group"] = "none"  # of classes: weights in the loss, or in what is drawn
     class_weights: tuple[float, ...] = ()  # those of balance: loss; empty: from the training labels
     select: str | None = None  # the figure of the validation that chooses the best epoch: f1, auc, loss, ...
     mix_prob: float = Field(1.0, ge=0, le=1)  # share of the batches that are mixed at all
@@ -107,7 +121,7 @@ class Config(BaseModel):
             raise ValueError("true, false, yes, no, on and off are no values of it (null leaves it open)")
         return value
 
-    @field_validator("img_size")
+    @field_validator("img_size", "window", "stride")
     @classmethod
     def _positive(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
         sides = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -115,7 +129,7 @@ class Config(BaseModel):
             raise ValueError("every side must be greater than 0")
         return value
 
-    @field_validator("scale", "ratio")
+    @field_validator("scale", "ratio", "scale_jitter")
     @classmethod
     def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and value[0] > value[1]:

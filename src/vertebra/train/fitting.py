@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..data import Source, open_source
 from ..data.loader import Batch, Samples, TrainOrder, derive, eval_loader, train_loader
 from ..tasks import Loss
 from ..tasks.losses import TEACHER
-from .balance import sample_weights
+from .balance import draw_weights
 from .board import Board, check_board
 from .build import (
     blank,
@@ -35,6 +36,7 @@ from .build import (
     threads,
 )
 from .config import Config, ConfigError, make_config, suggest
+from .dense_report import draw_samples
 from .files import remove_leftovers
 from .loop import Trainer, eval_epoch, train_epoch
 from .reliability import Guarded, lost_workers
@@ -208,7 +210,7 @@ def _trainer(config: Config, source: Source, fabric: Fabric, watch: Watch, start
         config.seed,
         fabric.global_rank,
         fabric.world_size,
-        sample_weights(source.splits["train"]) if config.balance == "sample" else None,
+        draw_weights(config.balance, source.splits["train"]),
         config.repeats,
     )
     steps = config.epochs * len(order)
@@ -225,11 +227,14 @@ def _trainer(config: Config, source: Source, fabric: Fabric, watch: Watch, start
     return trainer, order
 
 
-def _spare(config: Config, net: Backbone, teacher: Any, loss: Loss, fabric: Fabric) -> tuple[Batch | None, bool]:
+def _spare(config: Config, net: Any, teacher: Any, loss: Loss, fabric: Fabric) -> tuple[Batch | None, bool]:
     """Of many processes: a batch of one blank sample, and whether the loss leaves parameters without gradient."""
     if fabric.world_size == 1 and config.strategy == "auto":
         return None, False
     image = blank(config)
+    if config.task == "detection":  # what gets gradients depends on the objects of a batch
+        objects = make_task(config).blank(net.num_classes, tuple(image.shape[1:]))
+        return Batch(list(image), objects, torch.zeros(1, dtype=torch.long), []), True  # type: ignore[arg-type]
     with torch.enable_grad():
         outputs = net.eval().forward_outputs(image)
         if teacher is not None:
@@ -293,7 +298,8 @@ def _continue(run: Run, source: Source, t: Trainer, order: TrainOrder, state: di
         seconds = sum(row["seconds"] for row in history)
         result = RunResult(run.folder, task.score, scores.metrics, chosen, best["epoch"], seconds, history, t.skipped)
         if zero:
-            _finish(run, source, result, scores, None if t.sharded else _windows(t, source, testing))
+            drawn = partial(_drawn, t, source, testing) if task.dense else None
+            _finish(run, source, result, scores, None if t.sharded else _windows(t, source, testing), drawn)
         if board is not None:
             board.close()
         watch.finish(result)
@@ -361,7 +367,27 @@ def _windows(t: Trainer, source: Source, transform: Callable[[Tensor], Tensor]) 
     return window
 
 
-def _finish(run: Run, source: Source, result: RunResult, scores: Scores, windows: Windows | None) -> None:
+def _drawn(t: Trainer, source: Source, transform: Callable[..., Any], scores: Scores) -> str:
+    """Some test samples of dense prediction for the report."""
+
+    def ask(sample: Tensor, target: Any) -> Any:
+        image = transform(sample, target)[0]
+        with torch.inference_mode(), t.fabric.autocast():
+            return t.task.predict(t.tested, [t.fabric.to_device(image)])[0]
+
+    t.tested.eval()
+    ignore = 255 if t.config.ignore is None else t.config.ignore
+    return draw_samples(source.splits["test"], source.classes, t.task, scores, ask, ignore)
+
+
+def _finish(
+    run: Run,
+    source: Source,
+    result: RunResult,
+    scores: Scores,
+    windows: Windows | None,
+    drawn: Callable[[Scores], str] | None = None,
+) -> None:
     summary = {
         "score": result.score,
         **{f"test_{key}": _number(value) for key, value in result.test.items()},
@@ -374,7 +400,8 @@ def _finish(run: Run, source: Source, result: RunResult, scores: Scores, windows
         "skipped": result.skipped,
     }
     run.write_json("result.json", summary)
-    write_report(run, source, result.history, scores, summary, windows=windows)
+    pictures = "" if drawn is None else drawn(scores)
+    write_report(run, source, result.history, scores, summary, windows=windows, drawn=pictures)
 
 
 def _number(value: float) -> float | None:

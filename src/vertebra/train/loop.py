@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MeanMetric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..backbone import Backbone
@@ -143,7 +143,7 @@ def clip_gradients(t: Trainer) -> Tensor:
     return norm  # type: ignore[return-value]
 
 
-def _mixed(t: Trainer, images: Tensor, targets: Tensor, epoch: int, seed: int) -> tuple[Tensor, Tensor, float]:
+def _mixed(t: Trainer, images: Any, targets: Any, epoch: int, seed: int) -> tuple[Any, Any, float]:
     """`mix` as the configuration says for this epoch, numbered from 0."""
     c = t.config
     if c.mixup_off_epoch is not None and epoch >= c.mixup_off_epoch:
@@ -162,28 +162,29 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def _gradients(
-    t: Trainer, images: Tensor, targets: Tensor, other: Tensor, share: float, count: int
+    t: Trainer, images: Any, targets: Any, other: Any, share: float, count: int
 ) -> tuple[float, Tensor, bool]:
     """Gradients of a batch, worked off in `accumulate` parts -> mean loss over the samples of all processes,
-    predictions (B, ...), and whether there were samples at all.
+    predictions (B, ...) where an accuracy is shown, and whether there were samples at all.
 
-    `count` of `images` count, all or none. A loss that is not finite gives no predictions, and gradients of no use.
+    Samples and targets are tensors, or lists where they differ in size. `count` of `images` count, all or none.
+    A loss that is not finite gives no predictions, and gradients of no use.
     """
     # Gradients are averaged over processes, which may have unequal shares: each weighs its loss so that the average
     # is the mean over all samples. And all take the same number of parts, or some would wait for the others for ever.
     world = t.fabric.world_size
-    everybody = torch.full((), float(count), device=images.device)
+    everybody = torch.full((), float(count), device=t.fabric.device)
     pieces = min(t.config.accumulate, count)
     if world > 1:
         everybody, pieces = t.fabric.all_reduce(everybody, reduce_op="sum"), t.config.accumulate  # type: ignore
-    total, predictions = torch.zeros((), device=images.device), []
+    total, predictions = torch.zeros((), device=t.fabric.device), []
     parts = [part.tolist() for part in torch.arange(len(images)).tensor_split(pieces)]
     for number, part in enumerate(parts):
         here = slice(part[0], part[-1] + 1) if part else slice(0, 1)  # without weight
         last = number == len(parts) - 1
         with t.fabric.no_backward_sync(t.model, enabled=not last):
             with t.fabric.autocast():  # Fabric itself casts `forward` alone
-                outputs = t.model.forward_outputs(images[here])
+                outputs = t.task.outputs(t.model, images[here], targets[here])
             if t.teacher is not None:
                 outputs = outputs | {TEACHER: _teach(t, images[here])}
             loss = share * t.loss(outputs, targets[here])
@@ -197,9 +198,11 @@ def _gradients(
                 if not math.isfinite(shown) or not there:
                     break
             t.fabric.backward(loss)
-        if part:
+        if part and t.task.name == "single":  # an accuracy is shown
             predictions.append(outputs[t.net.prediction].detach())
-    return shown, torch.cat(predictions) if math.isfinite(shown) and there else images.new_zeros(0), bool(there)
+    if not predictions or not math.isfinite(shown) or not there:
+        return shown, torch.zeros(0, device=t.fabric.device), bool(there)
+    return shown, torch.cat(predictions), True
 
 
 @torch.no_grad()  # no inference mode: the loss keeps the logits for its backward pass
@@ -256,18 +259,17 @@ def eval_epoch(
     classes: tuple[str, ...],
     skipped: dict[str, str],
     watch: Watch,
-    keep: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+    keep: Callable[[Tensor, Any, Any], object] | None = None,
     blank: Tensor | None = None,
 ) -> Scores:
-    """Every process tests its share; all get the same Scores. `model` is called as it is, in evaluation mode.
+    """Every process tests its share; all get the same Scores. `model` is in evaluation mode, and not wrapped.
 
-    `keep` is shown each batch of this process: positions (B,), targets and predictions (B, ...). A model whose weights
+    `keep` is shown each batch of this process: positions (B,), targets and predictions (B, ...) or lists. A model whose
+    weights
     are spread runs on all processes or on none: who has no samples left runs it on `blank`.
     """
-    rows = CatMetric().to(fabric.device)
-    rows.set_dtype(torch.float64)
+    meter = task.meter(classes, fabric.device)
     model.eval()
-    width = 0
     for batch in loader if blank is None else _together(loader, fabric):
         note_skipped(skipped, batch, watch)
         if not isinstance(batch, Batch):
@@ -277,18 +279,14 @@ def eval_epoch(
             continue
         images, targets = fabric.to_device(batch.images), fabric.to_device(batch.targets)
         with fabric.autocast():
-            prediction = model(images)
+            prediction = task.predict(model, images)
         if keep is not None:
             keep(batch.positions, targets, prediction)
-        found = task.rows(prediction, targets)
-        found = torch.cat([batch.positions.to(found)[:, None], found], 1)
-        width = found.shape[1]
-        rows.update(found)
-    table = rows.compute()
-    if not isinstance(table, Tensor) or table.numel() == 0:
+        meter.update(batch.positions, targets, prediction)
+    scores = meter.compute()
+    if scores is None:
         raise TrainError("not one sample of this split could be read")
-    table = table.reshape(-1, width or task.width(len(classes))).cpu()
-    return task.judge(table[table[:, 0].argsort(stable=True)], classes)
+    return scores
 
 
 def note_skipped(skipped: dict[str, str], batch: Batch | list[Skipped], watch: Watch) -> None:

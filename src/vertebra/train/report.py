@@ -38,11 +38,12 @@ def write_report(
     summary: dict[str, Any],
     most: int = 24,
     windows: Windows | None = None,
+    drawn: str = "",
 ) -> None:
     """Write report.html: figures, curves, classes, confusion, the `most` worst mistakes, skipped files, settings.
 
     Of several labels their AUC and ROC curves; of a forecast the worst and the best windows, which `windows` predicts
-    again.
+    again; of segmentation and detection the samples `drawn` already, as HTML.
     """
     config, name = run.config, html.escape(f"{run.config.model} on {source.name}")
     score, skipped = summary["score"], summary["skipped"]
@@ -65,6 +66,7 @@ def write_report(
         _ahead(source.splits["test"], run.classes, scores.rows, windows) if windows and not scores.classes else "",
         f"<h2>Confusion</h2>{_confusion(scores.confusion, run.classes)}" if scores.confusion is not None else "",
         f"<h2>Worst mistakes</h2>{_mistakes(source.splits['test'], run.classes, scores.rows, most)}" if one else "",
+        f"<h2>Test samples</h2>{drawn}" if drawn else "",
         _skipped(skipped) if skipped else "",
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config.model_dump(), indent=1))}</pre>",
     ]
@@ -99,6 +101,7 @@ def _curves(history: list[dict[str, Any]], score: str) -> str:
         axes.grid(alpha=0.3)
         axes.legend()
     note = "<p>The training loss includes label smoothing and augmentation, the validation loss does not.</p>"
+    note = note if "val_loss" in history[0] else ""  # a detector has none in testing
     return _figure(figure, f"curves of loss and {score}") + note
 
 

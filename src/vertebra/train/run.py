@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ class Run:
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """All epochs so far, rewritten whole: after a resume there is neither a gap nor a double line."""
-        lines = "".join(json.dumps(row) + "\n" for row in history)
+        lines = "".join(json.dumps({key: _known(value) for key, value in row.items()}) + "\n" for row in history)
         write_atomic(self.folder / "metrics.jsonl", lines.encode())
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, list(dict.fromkeys(key for row in history for key in row)))
@@ -119,3 +120,8 @@ class Run:
             raise RunError(f"{self.folder}: nothing to resume, no epoch was finished (no last.pt)") from e
         except Exception as e:  # a damaged or hostile file: pickle and zip errors of many kinds
             raise RunError(f"{path}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+
+
+def _known(value: Any) -> Any:
+    """JSON has no NaN: a figure that does not exist is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What a run is trained and judged for: one label, several labels, or a forecast."""
+"""What a run is trained and judged for: one label, several labels, or a forecast; dense prediction is in dense.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import CatMetric
 from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
     multiclass_f1_score,
@@ -43,6 +44,40 @@ class Scores:
         return self.metrics["accuracy"]
 
 
+class Meter(ABC):
+    """Collects what the batches of a split say, in any order; each process is given its share."""
+
+    @abstractmethod
+    def update(self, positions: Tensor, targets: Any, prediction: Any) -> None:
+        """A batch: positions in the split (B,), targets and predictions."""
+
+    @abstractmethod
+    def compute(self) -> Scores | None:
+        """The scores of all processes' samples, the same on each; None if there was not one. All must call it."""
+
+
+class Rows(Meter):
+    """Rows of numbers, one for each sample, which the task judges when all are there."""
+
+    def __init__(self, task: Task, classes: tuple[str, ...], device: Any) -> None:
+        self.task, self.classes, self.width = task, classes, 0
+        self.rows = CatMetric(nan_strategy="disable").to(device)  # left out, a NaN would shift what follows it
+        self.rows.set_dtype(torch.float64)
+
+    def update(self, positions: Tensor, targets: Any, prediction: Any) -> None:
+        found = self.task.rows(prediction, targets)
+        found = torch.cat([positions.to(found)[:, None], found], 1)
+        self.width = found.shape[1]
+        self.rows.update(found.flatten())  # flat as the nothing of a process without a sample, or they do not gather
+
+    def compute(self) -> Scores | None:
+        table = self.rows.compute()
+        if not isinstance(table, Tensor) or table.numel() == 0:
+            return None
+        table = table.reshape(-1, self.width or self.task.width(len(self.classes))).cpu()
+        return self.task.judge(table[table[:, 0].argsort(stable=True)], self.classes)
+
+
 class Task(ABC):
     """How outputs become rows of numbers, one for each sample, and rows become figures."""
 
@@ -52,6 +87,19 @@ class Task(ABC):
     sign: float = 1.0  # -1 where less of it is better
     figures: tuple[str, ...] = ()  # what may choose the best epoch instead
     losses: tuple[str, ...] = ()  # the names of create_loss that fit; none: all
+    dense: bool = False  # whether targets are maps or objects, which change with their sample when it is augmented
+
+    def outputs(self, model: Any, images: Any, targets: Any) -> dict[str, Tensor]:
+        """What the loss reads of a training batch."""
+        return model.forward_outputs(images)
+
+    def predict(self, model: Any, images: Any) -> Any:
+        """What a model in evaluation mode says of a batch."""
+        return model(images)
+
+    def meter(self, classes: tuple[str, ...], device: Any) -> Meter:
+        """A new one, for a pass over a split."""
+        return Rows(self, classes, device)
 
     @abstractmethod
     def rows(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -86,7 +134,8 @@ class Task(ABC):
             return True
         key = f"val_{select or self.score}"
         sign = -1.0 if select in ("loss", "mse", "mae") else 1.0 if select else self.sign
-        return (sign * new[key], -new["val_loss"]) > (sign * old[key], -old["val_loss"])
+        losses = -new.get("val_loss", 0.0), -old.get("val_loss", 0.0)  # a detector has none in testing
+        return (sign * new[key], losses[0]) > (sign * old[key], losses[1])
 
 
 class SingleLabel(Task):
