@@ -1,6 +1,6 @@
-"""What test_dense_strategies.py runs as two processes under torchrun, and as one: dense prediction on squares.
+"""What test_dense_strategies.py runs as two processes and as one: dense prediction on squares.
 
-torchrun --nproc-per-node 2 two_dense.py FOLDER
+python two_dense.py FOLDER
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
-import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -107,6 +107,9 @@ if __name__ == "__main__":
     both = [context.Process(target=work, args=(rank, port, Path(sys.argv[1])), daemon=True) for rank in (0, 1)]
     for process in both:
         process.start()
-    while any(process.is_alive() for process in both) and all(process.exitcode in (None, 0) for process in both):
-        time.sleep(0.05)  # who fails takes the other, who would wait for it, along: daemons end with this process
+    running = list(both)
+    while running and all(process.exitcode in (None, 0) for process in both):
+        wait([process.sentinel for process in running])
+        running = [process for process in running if process.exitcode is None]
+    # who fails takes the other, who would wait for it, along: daemons end with this process
     sys.exit(any(process.exitcode != 0 for process in both))

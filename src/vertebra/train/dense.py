@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import DataError
+from ..layers.space import channels_first, channels_last, resize
 from .config import Config
 from .task import TASKS, Meter, Scores, Task
 
 HEADS = {"segmentation": "semantic_fpn", "detection": "retinanet"}  # where a configuration leaves the head open
 MASK_HEAD = "mask_rcnn"
-MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation by the number of axes
 COCO_MOST = 100  # objects of an image that COCO's figures look at
 
 
@@ -93,7 +93,7 @@ def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits (B, classes, *S) interpolated linearly to `size`, corners not aligned."""
     if tuple(logits.shape[2:]) == tuple(size):
         return logits
-    return F.interpolate(logits, tuple(size), mode=MODES[logits.ndim - 2], align_corners=False)
+    return channels_first(resize(channels_last(logits), tuple(size)))
 
 
 class DetectionTask(Task):
