@@ -6,23 +6,20 @@ import argparse
 import datetime
 import gc
 import json
-import math
-import platform
-import re
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import set_fused_attn
 from timm.utils.model import reparameterize_model
-from torch import Tensor, nn
+from torch import nn
 
 import vertebra
+from vertebra.inspect.bench import FORMATS, Settings, inference, machine_facts, paired, seconds, training
+from vertebra.inspect.peers import PEERS, TOLERANCE, copy_weights, corrupts_memory, peer_model, unsettle
+
+__all__ = ["FORMATS", "PEERS", "copy_weights", "paired", "peer_model", "seconds", "training"]  # other scripts use them
 
 MODELS = (
     "swin_tiny_patch4_window7_224",
@@ -54,217 +51,7 @@ MODELS = (
     "fastvit_sa12",
     "efficientvit_m4",
 )
-PEERS = {  # where timm has another name, or torchvision the model
-    "gc_vit_xxtiny": "gcvit_xxtiny",
-    "gc_vit_small": "gcvit_small",
-    "crossvit_tiny_224": "crossvit_tiny_240",
-    "crossvit_9_dagger_224": "crossvit_9_dagger_240",
-    "torchvision_maxvit_t": "torchvision.maxvit_t",
-    "inceptionnext_tiny": "inception_next_tiny",
-    "mobilenet_v2": "torchvision.mobilenet_v2",
-    "shufflenet_v2_x1_0": "torchvision.shufflenet_v2_x1_0",
-    "mobilevit_small": "mobilevit_s",
-}
 RESULTS = Path(__file__).resolve().parent / "results"
-FORMATS = {"nchw": torch.contiguous_format, "cl": torch.channels_last}
-TOLERANCE = 1e-4
-WARM_UP = 2
-
-
-def peer_model(name: str) -> nn.Module:
-    """The other library's model of our `name`; ValueError where neither timm nor torchvision has it."""
-    theirs = PEERS.get(name, name)
-    library, _, model = theirs.rpartition(".")
-    if library == "torchvision":
-        import torchvision
-
-        return torchvision.models.get_model(model, num_classes=1000).eval()
-    if not timm.is_model(theirs):
-        raise ValueError(f"{name} is in neither timm nor torchvision")
-    return timm.create_model(theirs, num_classes=1000).eval()
-
-
-# --- equal weights ----------------------------------------------------------------------------------------------------
-
-
-TIMM_NAMES = {  # official names -> timm's, where it has names of its own and no filter for the official ones
-    "repvgg": (
-        (r"^stage0\.", "stem."),
-        (r"^stage(\d)\.", lambda m: f"stages.{int(m[1]) - 1}."),
-        (r"rbr_dense\.", "conv_kxk."),
-        (r"rbr_1x1\.", "conv_1x1."),
-        (r"rbr_identity\.", "identity."),
-        (r"^linear\.", "head.fc."),
-    ),
-    "mobilevit": (
-        (r"^conv_1\.block\.", "stem."),
-        (r"^conv_1x1_exp\.block\.", "final_conv."),
-        (r"^classifier\.fc\.", "head.fc."),
-        (r"^layer_(\d)\.", lambda m: f"stages.{int(m[1]) - 1}."),
-        (r"\.block\.exp_1x1\.block\.", ".conv1_1x1."),
-        (r"\.block\.conv_3x3\.block\.", ".conv2_kxk."),
-        (r"\.block\.red_1x1\.block\.", ".conv3_1x1."),
-        (r"\.local_rep\.conv_3x3\.block\.", ".conv_kxk."),
-        (r"\.local_rep\.conv_1x1\.block\.conv\.", ".conv_1x1."),
-        (r"\.conv_proj\.block\.", ".conv_proj."),
-        (r"\.fusion\.block\.", ".conv_fusion."),
-        (r"\.global_rep\.\d+\.(weight|bias)$", r".norm.\1"),
-        (r"\.global_rep\.", ".transformer."),
-        (r"\.pre_norm_(mha|ffn)\.0\.", lambda m: f".norm{1 + (m[1] == 'ffn')}."),
-        (r"\.pre_norm_mha\.1\.qkv_proj\.", ".attn.qkv."),
-        (r"\.pre_norm_mha\.1\.out_proj\.", ".attn.proj."),
-        (r"\.pre_norm_ffn\.(1|4)\.", lambda m: f".mlp.fc{1 + (m[1] == '4')}."),
-        (r"(stem|final_conv|_1x1|_kxk|conv_proj|conv_fusion)\.norm\.", r"\1.bn."),
-    ),
-    "crossvit": ((r"^(pos_embed|cls_token)\.", r"\1_"),),
-    "gcvit": (
-        (r"^patch_embed\.proj", "stem.conv1"),
-        (r"^patch_embed\.conv_down", "stem.down"),
-        (r"^levels\.(\d)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample"),
-        (r"^levels\.", "stages."),
-        (r"q_global_gen\.to_q_global\.(\d)\.conv", lambda m: f"global_block.blocks.conv{int(m[1]) + 1}"),
-        (r"(down|downsample)\.conv\.", r"\1.conv_block."),
-        (r"(conv_block|blocks\.conv\d)\.0\.", r"\1.conv_dw."),
-        (r"(conv_block|blocks\.conv\d)\.2\.fc\.0\.", r"\1.se.fc1."),
-        (r"(conv_block|blocks\.conv\d)\.2\.fc\.2\.", r"\1.se.fc2."),
-        (r"(conv_block|blocks\.conv\d)\.3\.", r"\1.conv_pw."),
-        (r"relative_position_bias_table", "rel_pos.relative_position_bias_table"),
-        (r"gamma([12])$", r"ls\1.gamma"),
-        (r"^norm\.", "stages.3.norm."),
-        (r"^head\.", "head.fc."),
-    ),
-}
-
-
-def renamed(state: dict[str, Tensor], family: str, peer: nn.Module) -> dict[str, Tensor]:
-    """The state under timm's names, in timm's shapes where only axes of one cell differ."""
-    wanted, out = peer.state_dict(), {}
-    for key, tensor in state.items():
-        for pattern, new in TIMM_NAMES[family]:
-            key = re.sub(pattern, new, key)
-        if key in wanted and wanted[key].shape != tensor.shape:
-            tensor = tensor.reshape(wanted[key].shape)
-        out[key] = tensor
-    return out
-
-
-def by_shape(state: dict[str, Tensor], peer: nn.Module) -> dict[str, Tensor]:
-    """Last resort: match tensors in order of definition among those of equal shape."""
-    left = list(state.values())
-    out = {}
-    for key, want in peer.state_dict().items():
-        found = next((i for i, t in enumerate(left) if t.shape == want.shape), None)
-        if found is not None:
-            out[key] = left.pop(found)
-    return out
-
-
-def learnt(module: nn.Module) -> set[str]:
-    """Names that a copy must fill: parameters and running statistics, not constant tables or counters."""
-    return {k for k, _ in module.named_parameters()} | {k for k in module.state_dict() if ".running_" in k}
-
-
-def copy_weights(ours: nn.Module, peer: nn.Module, x: Tensor) -> float:
-    """Gives `peer` our weights; returns how far its logits are from ours, relative to the largest.
-
-    Tries timm's own filter for official checkpoints, the official names as they are, then order and shape, and keeps
-    the first that agrees. The check on the logits, not the way of copying, decides whether the weights count as equal.
-    """
-    official = {k: v.detach().clone() for k, v in vertebra.to_official(ours).items()}
-    timm_filter = getattr(sys.modules[type(peer).__module__], "checkpoint_filter_fn", None)
-    ways: list[Callable[[], dict[str, Tensor]]] = [lambda: official]
-    family = vertebra.model_info(ours.recipe["name"]).family
-    if family in TIMM_NAMES:
-        ways.insert(0, lambda: renamed(official, family, peer))
-    if timm_filter is not None:
-        ways.insert(0, lambda: timm_filter(dict(official), peer))
-    ways.append(lambda: by_shape(official, peer))
-    with torch.inference_mode():
-        want = ours(x)
-    error = math.inf
-    for way in ways:
-        try:
-            result = peer.load_state_dict(way(), strict=False)
-        except (RuntimeError, KeyError, AttributeError, ValueError):
-            continue  # this way does not fit the names or shapes; the next may
-        if learnt(peer) & set(result.missing_keys):
-            continue
-        with torch.inference_mode():
-            error = ((peer(x) - want).abs().max() / want.abs().max()).item()
-        if error <= TOLERANCE:
-            break
-    return error
-
-
-def unsettle(model: nn.Module, generator: torch.Generator) -> None:
-    """Moves every parameter and running statistic a little: zeros and ones of the initialisation hide mistakes."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=generator))
-        for key, b in model.named_buffers():
-            if key.endswith("running_mean"):
-                b.copy_(0.1 * torch.randn(b.shape, generator=generator))
-            elif key.endswith("running_var"):
-                b.copy_(1 + 0.1 * torch.rand(b.shape, generator=generator))
-
-
-# --- timing -----------------------------------------------------------------------------------------------------------
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def paired(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Times of each call, round by round; every other round runs in reverse order, so no one always comes first."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(WARM_UP + repeats):
-        for name in list(calls) if i % 2 == 0 else list(calls)[::-1]:
-            t = seconds(calls[name], device)
-            if i >= WARM_UP:
-                times[name].append(t)
-    return times
-
-
-def inference(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    model.eval()
-
-    def call() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return call
-
-
-def training(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], object]:
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
-
-    def call() -> object:
-        loss = F.cross_entropy(model(x).float(), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return call
-
-
-def corrupts_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a channels_last training step of `model` would hit oneDNN's issue 6035.
-
-    The float32 weight gradient of a strided 1x1 convolution of fewer than 16 channels writes past its workspace there
-    and takes the process down (seen with torch 2.15: RepVGG's first 1x1 branch).
-    """
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    hit = any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 16 for c in convs)
-    return hit and dtype == torch.float32 and device.type == "cpu"
 
 
 def contest(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, object]:
@@ -318,16 +105,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
 
 def machine(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
     """What a reader needs to judge the ratios; nothing that names the computer."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    out: dict[str, object] = {"cpu": found[1] if found else platform.processor() or platform.machine()}
-    if device.type == "cuda":
-        out["gpu"] = torch.cuda.get_device_name(device)
-    return out | {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "vertebra": vertebra.__version__,
+    return machine_facts(Settings(against="timm", device=device.type)) | {
         "batch": args.batch,
         "size": args.size,
         "repeats": args.repeats,

@@ -257,6 +257,8 @@ def page() -> str:
     parts = [INTRO, table(header, [rows[name] for name in sorted(rows)]), "", "## Notes"]
     for name in sorted(texts):
         parts += ["", f"### {name}", "", notes(texts[name])]
+        if name in families() and families()[name].model.EXPORT:
+            parts += ["", f"Exports at one input size: {families()[name].model.EXPORT}."]
     parts += ["", "## Where counts differ", ""]
     parts.append(f"Variants whose measured GMACs are more than {TOLERANCE:.0%} off the published ones.\n")
     parts.append(table(["Variant", "Published", "Measured", "Ratio", "Reason"], differing(costs)))

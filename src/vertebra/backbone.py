@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .layers.space import BatchNorm, channels_first
@@ -84,7 +85,8 @@ class Backbone(nn.Module):
 
     Class attributes: `tokens` True where ``forward_features`` gives (B, N, C); `heads` the names of the linear heads;
     `prediction` the output that model(x) returns; `OFFICIAL` the rules our names -> official names; `CONSTANT` patterns
-    of official buffers that hold no weights; `ndims` the ranks that the idea exists in.
+    of official buffers that hold no weights; `ndims` the ranks that the idea exists in; `EXPORT` why an exported
+    program keeps one input size ("" where it takes any).
     """
 
     tokens: ClassVar[bool] = False
@@ -93,12 +95,15 @@ class Backbone(nn.Module):
     ndims: ClassVar[tuple[int, ...]] = (1, 2, 3)
     OFFICIAL: ClassVar[Rules] = ()
     CONSTANT: ClassVar[Sequence[str]] = ()
+    EXPORT: ClassVar[str] = ""
 
     stages: nn.ModuleList
     feature_info: list[dict[str, Any]]
     num_features: int
     default_indices: tuple[int, ...] | None = None
     load_report: Any = None  # what loading did, where create_model was given a checkpoint
+    deploy_report: Any = None  # what `vertebra.deploy` did
+    computes: torch.dtype | None = None  # set by `vertebra.deploy`: what floating inputs are cast to
 
     def __init__(
         self,
@@ -236,6 +241,8 @@ class Backbone(nn.Module):
 
     def _embed(self, x: Tensor, **context: Any) -> Any:
         self._check(x)
+        if self.computes is not None:
+            x = x.to(self.computes)
         return self.embed(x.movedim(1, -1).contiguous(), **context)
 
     def _features(self, x: Tensor, **context: Any) -> Any:
@@ -326,10 +333,25 @@ class Backbone(nn.Module):
         }
 
 
+class _Unfilled(TorchFunctionMode):
+    """No random numbers for tensors that hold none: on the meta device, drawing them is half the time of a build."""
+
+    DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_"})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.DRAWS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def build(recipe: dict[str, Any], device: str | None = None, **changes: Any) -> Backbone:
     """A model from a `recipe` (as `create_model` leaves it on the model), without weights."""
     kwargs = recipe["kwargs"] | changes
-    with torch.device(device) if device else torch.device(torch.get_default_device()):
+    where = torch.device(device or torch.get_default_device())
+    with where, _Unfilled() if where.type == "meta" else contextlib.nullcontext():
         model = recipe["cls"](**kwargs)
     model.recipe = {"cls": recipe["cls"], "name": recipe["name"], "kwargs": dict(kwargs)}
     return model

@@ -253,6 +253,50 @@ def _paths(inputs: list[str]) -> Iterator[str]:
             yield item
 
 
+@app.command()
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(help="Variants, families or patterns, as in 'pvt*'.")] = None,
+    families: Annotated[bool, typer.Option("--families", help="The smallest variant of every family.")] = False,
+    against: Annotated[str | None, typer.Option(help="timm, or the csv of an earlier run.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="The training step too.")] = False,
+    deploy: Annotated[bool, typer.Option("--deploy", help="The deployed network too.")] = False,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, float16; several with commas.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Pixels per side [default: as published].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each comparison.")] = 9,
+    out: Annotated[Path | None, typer.Option(help="Folder of table, facts and plot; a second run goes on.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
+) -> None:
+    """Measure throughput, latency, memory and share of the machine's matmul rate, beside timm's or an earlier run."""
+    with _mendable():
+        from .inspect.bench import Settings, resolve_names, smallest_of_families
+        from .inspect.bench import bench as run
+        from .inspect.bench_report import table
+
+        if bool(models) == families:
+            _fail("give names of models, families or patterns, or --families for one of each")
+        precisions = tuple(part.strip() for part in precision.split(","))
+        settings = Settings(
+            against, train, deploy, compile, precisions, device, batch, img_size, threads, rounds
+        )  # fmt: skip
+        names = smallest_of_families(against == "timm") if families else resolve_names(models or [])
+        rows = []
+        for row in run(names, settings, out):
+            rows.append(row)
+            what = row["error"] or f"{row['infer_samples_per_sec']:.1f} samples/s"
+            print(f"{row['model']} {row['precision']}: {what}", file=sys.stderr, flush=True)
+    _table(*table(rows))
+    if out is not None:
+        print(f"look at {out / 'bench.csv'}")
+    failed = [row for row in rows if row["error"]]
+    for row in failed:
+        print(f"error: {row['model']} {row['precision']}: {row['error']}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(2)
+
+
 @app.command("list")
 def list_(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, as in 'pvt*'.")] = "*",
@@ -291,6 +335,39 @@ def _list_mixers(pattern: str) -> None:
         rows.append((name, entry.paper, entry.arxiv, entry.time, entry.memory, *(f"{c:.1f}" for c in costs[name])))
     _table(header, rows)
     print("time and memory: growth with the number N of cells; multiply-accumulates measured with 64 channels, 2 heads")
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="Name of a variant, as in vertebra list.")],
+    to: Annotated[str, typer.Option(help="torch-export, onnx or aoti.")] = "torch-export",
+    out: Annotated[Path | None, typer.Option(help="The file [default: NAME.pt2 or NAME.onnx].")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side the model is built for, and the one of --static.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights: a file or URL.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="The published weights.")] = False,
+    features: Annotated[bool, typer.Option("--features", help="The dense version: a list of maps.")] = False,
+    static: Annotated[bool, typer.Option("--static", help="Batch 1 and one size.")] = False,
+    verify: Annotated[bool, typer.Option(help="Run the file at several sizes and compare with the model.")] = True,
+) -> None:
+    """Write a network as a file that runs without its source code, at any batch and size."""
+    with _mendable():
+        import vertebra
+        from vertebra.deploy.exporting import FORMATS, ExportError
+
+        if to not in FORMATS:
+            _fail(f"unknown format {to!r}; there are: {', '.join(FORMATS)}")
+        model = vertebra.create_model(
+            name, img_size=img_size, pretrained=pretrained, checkpoint=checkpoint, features_only=features
+        ).eval()
+        path = out or Path(Path(name).stem + FORMATS[to])
+        try:
+            made = vertebra.export(model, path, to, sides=img_size, dynamic=not static, verify=verify)
+        except ExportError as error:
+            _fail(str(error), 1)
+    free = ", ".join(made.dynamic) or "nothing"
+    print(f"{made.path}: {made.bytes / 1e6:.1f} MB in {made.seconds:.0f} s, free: {free}")
+    for shape, worst in made.errors.items():
+        print(f"verified at {shape}: worst relative error {worst:.1e}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vertebra.layers import windows
+from vertebra.layers.frugal import repeat
 
 torch.set_num_threads(1)
 
@@ -118,11 +119,11 @@ def test_swin_mask_of_the_official_code():
 def test_bias_joins_the_mask_in_the_order_of_the_windows():
     plan = windows((6, 5), (4, 4), shift=(2, 2), mask_keys=True)
     bias = torch.randn(3, 16, 16, dtype=torch.float64)
-    both = plan.bias(bias, 2)
+    both = repeat(plan.bias(bias, 2), 2 * plan.number)
     assert both.shape == (2 * plan.number, 3, 16, 16)
     for b, w, h in itertools.product(range(2), range(plan.number), range(3)):
         assert torch.equal(both[b * plan.number + w, h], bias[h] + plan.mask[w].double())
-    alone = plan.bias(None, 2)
+    alone = repeat(plan.bias(None, 2), 2 * plan.number)
     assert torch.equal(alone, plan.mask.repeat(2, 1, 1)[:, None])
     bare = windows((8, 4), (4, 4))
     assert bare.bias(None, 2) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from oracle import error, spread
 
 import vertebra
+from vertebra.inspect.peers import renamed
 from vertebra.mixers import GlobalWindowAttention, WindowAttention
 from vertebra.models.gcvit import Downsampler, GlobalQuery
 
@@ -32,32 +32,6 @@ def small(ndim: int = 2, seed: int = 0, **options):
     torch.manual_seed(seed)
     settings = dict(dim=16, depths=(2, 3, 2, 2), heads=(1, 2, 2, 4), num_classes=7, layer_scale=0.5, img_size=64)
     return spread(vertebra.create_model("gc_vit_small", ndim=ndim, **(settings | options)))
-
-
-def to_timm(model) -> dict[str, torch.Tensor]:
-    """The official state dict under timm's names."""
-    rules = (
-        (r"^patch_embed\.proj", "stem.conv1"),
-        (r"^patch_embed\.conv_down", "stem.down"),
-        (r"^levels\.(\d)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample"),
-        (r"^levels\.", "stages."),
-        (r"q_global_gen\.to_q_global\.(\d)\.conv", lambda m: f"global_block.blocks.conv{int(m[1]) + 1}"),
-        (r"(down|downsample)\.conv\.", r"\1.conv_block."),
-        (r"(conv_block|blocks\.conv\d)\.0\.", r"\1.conv_dw."),
-        (r"(conv_block|blocks\.conv\d)\.2\.fc\.0\.", r"\1.se.fc1."),
-        (r"(conv_block|blocks\.conv\d)\.2\.fc\.2\.", r"\1.se.fc2."),
-        (r"(conv_block|blocks\.conv\d)\.3\.", r"\1.conv_pw."),
-        (r"relative_position_bias_table", "rel_pos.relative_position_bias_table"),
-        (r"gamma([12])$", r"ls\1.gamma"),
-        (r"^norm\.", "stages.3.norm."),
-        (r"^head\.", "head.fc."),
-    )
-    found = {}
-    for name, tensor in vertebra.to_official(model).items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        found[name] = tensor[..., None, None] if ".se." in name else tensor
-    return found
 
 
 @pytest.mark.parametrize("name", vertebra.list_models(family="gcvit"))
@@ -91,7 +65,7 @@ def test_logits_equal_timm(size, scale):
         img_size=size, embed_dim=32, depths=(2, 3, 2, 2), num_heads=(1, 2, 2, 4), num_classes=7, mlp_ratio=2,
         layer_scale=scale,
     ).eval()  # fmt: skip
-    missing = other.load_state_dict(to_timm(model), strict=False)
+    missing = other.load_state_dict(renamed(vertebra.to_official(model), "gcvit", other), strict=False)
     assert not missing.unexpected_keys and all("index" in k for k in missing.missing_keys)
     x = torch.randn(2, 3, *size)
     with torch.no_grad():

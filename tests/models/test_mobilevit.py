@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 import pytest
 import timm
@@ -13,31 +12,11 @@ import torch.nn.functional as F
 from oracle import error, fill
 
 import vertebra
+from vertebra.inspect.peers import renamed
 from vertebra.layers import BatchNorm
 from vertebra.models.mobilevit import MobileViTBlock, join_patches, split_patches
 
 SMALL = dict(dims=(8, 16, 24, 24, 32), widths=(16, 16, 24), depths=(1, 2, 1), stem=8)
-TIMM = (  # the authors' names -> timm's
-    (r"^conv_1\.block\.", "stem."),
-    (r"^conv_1x1_exp\.block\.", "final_conv."),
-    (r"^classifier\.fc\.", "head.fc."),
-    (r"^layer_(\d)\.", lambda m: f"stages.{int(m[1]) - 1}."),
-    (r"\.block\.exp_1x1\.block\.", ".conv1_1x1."),
-    (r"\.block\.conv_3x3\.block\.", ".conv2_kxk."),
-    (r"\.block\.red_1x1\.block\.", ".conv3_1x1."),
-    (r"\.local_rep\.conv_3x3\.block\.", ".conv_kxk."),
-    (r"\.local_rep\.conv_1x1\.block\.conv\.", ".conv_1x1."),
-    (r"\.conv_proj\.block\.", ".conv_proj."),
-    (r"\.fusion\.block\.", ".conv_fusion."),
-    (r"\.global_rep\.\d+\.(weight|bias)$", r".norm.\1"),
-    (r"\.global_rep\.", ".transformer."),
-    (r"\.pre_norm_mha\.0\.", ".norm1."),
-    (r"\.pre_norm_mha\.1\.qkv_proj\.", ".attn.qkv."),
-    (r"\.pre_norm_mha\.1\.out_proj\.", ".attn.proj."),
-    (r"\.pre_norm_ffn\.0\.", ".norm2."),
-    (r"\.pre_norm_ffn\.1\.", ".mlp.fc1."),
-    (r"\.pre_norm_ffn\.4\.", ".mlp.fc2."),
-)
 
 
 def prepared(module):
@@ -59,13 +38,7 @@ def test_network_is_timms(sides):
     torch.manual_seed(1)
     ours = prepared(vertebra.create_model("mobilevit_xx_small", num_classes=7))
     theirs = timm.create_model("mobilevit_xxs", num_classes=7).eval()
-    state = {}
-    for key, tensor in vertebra.to_official(ours).items():
-        for pattern, new in TIMM:
-            key = re.sub(pattern, new, key)
-        # their norms in convolution units are called bn
-        key = re.sub(r"(stem|final_conv|_1x1|_kxk|conv_proj|conv_fusion)\.norm\.", r"\1.bn.", key)
-        state[key] = tensor
+    state = renamed(vertebra.to_official(ours), "mobilevit", theirs)
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
     x = 10 * torch.randn(2, 3, *sides)

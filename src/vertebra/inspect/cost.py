@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbone import Backbone
@@ -30,12 +30,20 @@ def count_macs(module: nn.Module, shape: Sequence[int]) -> int:
     """Multiply-accumulates of one call of `module` on an input of `shape`, batch included.
 
     Counted by torch's FlopCounterMode on a copy without memory (the meta device): matrix products, convolutions and
-    attention. Softmax, norms, activations, gathers and bilinear sampling are not counted, as is usual.
+    attention. Softmax, norms, activations, gathers and bilinear sampling are not counted, as is usual. A network whose
+    work depends on what it is given cannot run without memory: then an input of ones is counted, on the CPU.
     """
-    ghost = copy.deepcopy(module).to("meta").eval()
+    try:
+        return _macs(copy.deepcopy(module).to("meta"), torch.empty(tuple(shape), device="meta"))
+    except NotImplementedError:
+        return _macs(copy.deepcopy(module).to("cpu", torch.float32), torch.ones(tuple(shape)))
+
+
+def _macs(ghost: nn.Module, x: Tensor) -> int:
     # the fused attention kernels have no rule for tensors without memory; the explicit form counts the same products
+    ghost.eval().requires_grad_(False)  # the counter stumbles over a parameter that is expanded over the batch
     with FlopCounterMode(display=False) as counter, torch.no_grad(), record_attention():
-        ghost(torch.empty(tuple(shape), device="meta"))
+        ghost(x)
     return counter.get_total_flops() // 2
 
 

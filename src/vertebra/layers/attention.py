@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import frugal
+from .cached import tracing
+
 _recorder: list[Tensor] | None = None
 
 
@@ -31,11 +34,16 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v for q (B, H, L, D), k (B, H, M, D), v (B, H, M, E) -> (B, H, L, E).
 
-    `bias` broadcasts to (B, H, L, M) and takes q's dtype; `scale` defaults to D^-0.5. Without `fused` the softmax is
-    explicit, which is faster where many heads have few queries and keys each.
+    `bias` broadcasts to (B, H, L, M) and takes q's dtype; one of W rows, where W divides B, is for row b mod W of the
+    batch. `scale` defaults to D^-0.5. Without `fused` the softmax is explicit, which is faster where many heads have
+    few queries and keys each.
     """
     if bias is not None:
         bias = bias.to(q.dtype)
+    if fused and _recorder is None and frugal.attends(q, k, v, bias):
+        return frugal.attend(q, k, v, bias, scale)
+    if bias is not None and bias.ndim == 4 and not tracing():
+        bias = frugal.repeat(bias, q.shape[0])
     # torch has no fused CPU kernel for values of another width than the keys, and its fallback takes twice as long
     unequal = q.device.type == "cpu" and v.shape[-1] != q.shape[-1]
     if _recorder is not None or unequal or not fused:

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .drop import DropPath, LayerScale
+from . import frugal
+from .drop import DropPath, LayerScale, residual
+from .mlp import Mlp
+
+
+def _after_mlp(x: Any, normed: Any, mlp: nn.Module, scale: nn.Module, drop_path: DropPath) -> Any:
+    """x + drop_path(scale(mlp(normed))); in training the MLP takes the scale in, which saves a map and two passes."""
+    if type(scale) is LayerScale and type(mlp) is Mlp and frugal.wanted(scale.gamma) and not frugal.hooked(scale, mlp):
+        return x + drop_path(mlp(normed, scale.gamma.view(-1)))
+    return residual(x, mlp(normed), scale, drop_path)
 
 
 class Block(nn.Module):
@@ -32,8 +41,8 @@ class Block(nn.Module):
 
     def forward(self, x: Any) -> Any:
         x = self.position(x)
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        x = residual(x, self.attn(self.norm1(x)), self.scale1, self.drop_path)
+        return _after_mlp(x, self.norm2(x), self.mlp, self.scale2, self.drop_path)
 
 
 class DownBlock(Block):
@@ -48,7 +57,7 @@ class DownBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.position(x)
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        x = residual(x, self.attn(self.norm1(x)), self.scale1, self.drop_path)
         return self.shortcut(x) + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
@@ -68,7 +77,7 @@ class NextBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.scale(self.mlp(self.norm(self.mixer(x)))))
+        return _after_mlp(x, self.norm(self.mixer(x)), self.mlp, self.scale, self.drop_path)
 
 
 class TokenBlock(Block):
@@ -83,5 +92,5 @@ class GridBlock(Block):
 
     def forward(self, state: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
         x, grid = self.position(state[0]), state[1]
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x)))), grid
+        x = residual(x, self.attn(self.norm1(x), grid), self.scale1, self.drop_path)
+        return _after_mlp(x, self.norm2(x), self.mlp, self.scale2, self.drop_path), grid

@@ -1,9 +1,9 @@
-"""Tables that depend on sizes only are built once per size; what depends on parameters never is."""
+"""Tables that depend on sizes only are built once per size; what depends on parameters only in a deployed model."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,5 +29,38 @@ def sized_cache(build: Callable) -> Callable:
             kwargs["device"] = torch.get_default_device()
         with torch.inference_mode(False), torch.no_grad():
             return kept(*args, **kwargs)
+
+    return call
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often `tensor` was changed in place; 0 where torch does not count, as in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_KEPT = 4  # sizes that a deployed module remembers
+
+
+def settled(method: Callable) -> Callable:
+    """Keep what `method(self, *sizes)` makes of a module's parameters, per sizes, once `vertebra.deploy` froze them.
+
+    Elsewhere nothing is kept: it would be stale after the next optimizer step or load. In a deployed module it is made
+    anew when a parameter was changed in place, moved or cast.
+    """
+
+    @functools.wraps(method)
+    def call(self, *sizes):
+        kept = getattr(self, "kept", None)
+        if kept is None or tracing():
+            return method(self, *sizes)
+        weights = list(self.parameters())
+        places = tuple(tuple(s) if isinstance(s, Sequence) else s for s in sizes)
+        key = (method.__qualname__, places, *{(w.dtype, w.device) for w in weights}, sum(map(version, weights)))
+        if key not in kept:
+            if len(kept) >= _KEPT:
+                kept.pop(next(iter(kept)))
+            with torch.inference_mode(False), torch.no_grad():
+                kept[key] = method(self, *sizes)
+        return kept[key]
 
     return call

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
+from .cached import tracing
 from .drop import DropPath
 from .reparam import fold
 from .space import BatchNorm, Conv
+
+_FOLD = 4  # a norm is folded at call time where the map that comes out has this many times the weight's numbers
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -45,9 +49,36 @@ class ConvNorm(nn.Module):
         self.act = nn.Identity() if act is None else act(inplace=True) if inplace else act()
         self.keep, self.act_first = keep, act_first
 
+    @property
+    def activated(self) -> tuple[tuple[str, str], ...]:
+        """The layer that the activation follows at once, for `vertebra.deploy`."""
+        return (("conv", "act"),) if self.act_first or isinstance(self.norm, nn.Identity) else ()
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._folds(x):
+            return self.act(self.conv.run(x, *self._folded()))
         x = self.conv(x)
         return self.norm(self.act(x)) if self.act_first else self.act(self.norm(x))
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether it is sooner in inference to scale the weight, which is small, than the map that comes out."""
+        conv, norm = self.conv, self.norm
+        return (
+            type(norm) is BatchNorm
+            and type(conv) is Conv
+            and not norm.training
+            and not self.act_first
+            and not torch.is_grad_enabled()
+            and not tracing()
+            and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+            and _FOLD * conv.weight[0].numel() * math.prod(conv.stride) * conv.weight.shape[1] * conv.groups < x.numel()
+        )
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        conv, norm = self.conv, self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+        return conv.weight * scale.view(-1, *(1,) * (conv.weight.ndim - 1)), torch.addcmul(norm.bias, shift, -scale)
 
     def fuse(self, published: bool = True) -> nn.Module:
         """The same map with the norm folded into the convolution (itself, where the norm is to stay)."""
@@ -73,6 +104,8 @@ class ResidualConv(nn.Module):
 
 class SqueezeExcite(nn.Module):
     """Channel gate from the global mean (arXiv 1709.01507, Fig. 2): (B, *S, C) -> (B, *S, C)."""
+
+    activated = (("down", "act"), ("up", "gate"))  # layers that an activation follows at once, for `vertebra.deploy`
 
     def __init__(self, ndim: int, dim: int, hidden: int, act=nn.ReLU, gate=nn.Sigmoid):
         super().__init__()

@@ -49,6 +49,13 @@ class LayerScale(nn.Module):
         return x * self.gamma.view(-1)
 
 
+def residual(x: Tensor, y: Tensor, scale: nn.Module, drop_path: DropPath) -> Tensor:
+    """x + drop_path(scale(y)), in one pass over memory where `scale` is a layer scale and nothing is dropped."""
+    if type(scale) is LayerScale and not (drop_path.training and drop_path.rate) and not scale._forward_hooks:
+        return torch.addcmul(x, y, scale.gamma.view(-1))
+    return x + drop_path(scale(y))
+
+
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates that grow linearly from 0 to `rate` over all blocks, as one list per stage."""
     total = sum(depths)

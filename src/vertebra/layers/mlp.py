@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import frugal
+from .cached import tracing
 from .space import Conv
+
+_LARGE, _PART, _ROWS = 2**25, 2**22, 1024  # bytes of a hidden map taken in parts, bytes and least rows of a part
 
 
 class Mlp(nn.Module):
     """fc1, activation, fc2 over the last axis: (..., C) -> (..., out).
 
     `middle` is a module on the hidden map between fc1 and the activation (such as PVT v2's depthwise convolution).
-    With `act_first` it comes after the activation instead.
+    With `act_first` it comes after the activation instead. forward's `gamma` (out,) multiplies the result.
     `linear` builds fc1 and fc2: ``partial(Conv, ndim)`` where a checkpoint has them as 1x1 convolutions.
     """
 
@@ -28,13 +33,39 @@ class Mlp(nn.Module):
         self.act, self.act_first = act(), act_first
         self.fc2 = linear(hidden, out or dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def activated(self) -> tuple[tuple[str, str], ...]:
+        """The layer that the activation follows at once, for `vertebra.deploy`."""
+        return (("fc1", "act"),) if self.act_first or self.middle is None else (("middle", "act"),)
+
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        rows = self._rows(x)
+        if rows:
+            parts = x.flatten(0, -2).split(rows)
+            return torch.cat([self._through(part, gamma) for part in parts]).view(*x.shape[:-1], -1)
+        return self._through(x, gamma)
+
+    def _rows(self, x: Tensor) -> int:
+        """How many rows of `x` to take at a time in inference, 0 for all.
+
+        On a CPU a large hidden map is written to memory that the system has to find and clear first, which takes about
+        as long as the products; some rows at a time stay in the cache.
+        """
+        if self.middle is not None or x.device.type != "cpu" or torch.is_grad_enabled() or tracing():
+            return 0
+        width = self.fc1.weight.shape[0] * x.element_size()
+        return max(_ROWS, _PART // width) if x.numel() // x.shape[-1] * width > _LARGE else 0
+
+    def _through(self, x: Tensor, gamma: Tensor | None) -> Tensor:
         x = self.fc1(x)
         if self.act_first:
             x = self.act(x)
         if self.middle is not None:
             x = self.middle(x)
-        return self.fc2(x if self.act_first else self.act(x))
+        if not self.act_first and frugal.wanted(x) and frugal.saves(self.act, self.fc2):
+            return frugal.act_linear(x, self.act, self.fc2, gamma)
+        x = self.fc2(x if self.act_first else self.act(x))
+        return x if gamma is None else x * gamma
 
 
 class ConvGlu(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cached import sized_cache, tracing
+from .cached import settled, sized_cache, tracing
 from .space import ntuple, resize
 
 
@@ -47,6 +47,7 @@ class RelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.empty(math.prod(2 * s - 1 for s in self.size), heads))
         nn.init.trunc_normal_(self.table, std=0.02)
 
+    @settled
     def forward(self) -> Tensor:
         index = relative_index(self.size, device=self.table.device)
         length = index.shape[0]
@@ -79,6 +80,7 @@ class DynamicPositionBias(nn.Module):
         for i, out in enumerate((width, width, heads), start=1):
             self.add_module(f"pos{i}", nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out)))
 
+    @settled
     def forward(self, size: tuple[int, ...]) -> Tensor:
         weight = self.pos_proj.weight
         values = self.pos_proj(relative_offsets(size, device=weight.device).to(weight.dtype))
@@ -112,6 +114,7 @@ class Positions(nn.Module):
         self.table = nn.Parameter(torch.empty(1, prefix + math.prod(self.grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
+    @settled
     def forward(self, grid: Sequence[int]) -> Tensor:
         # a comparison with a symbolic grid would be a guard: when tracing always resample (exact at equal size)
         if not tracing() and tuple(grid) == self.grid:

@@ -139,6 +139,10 @@ class Conv(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.weight, self.bias)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """This convolution with another weight and bias of the same shape."""
         stride = self.stride
         if self.sampled:
             # not left to torch: its CPU weight gradient of a strided 1x1 convolution with fewer than 16 channels,
@@ -147,8 +151,7 @@ class Conv(nn.Module):
             x = x[(slice(None), *(slice(None, None, s) for s in stride))].contiguous()
             stride = (1,) * len(stride)
         if self.pointwise:
-            return F.linear(x, self.weight.flatten(1), self.bias)
-        weight: Tensor = self.weight
+            return F.linear(x, weight.flatten(1), bias)
         padding = self.padding
         if any(self.grown) and x.device.type == "cpu" and not torch.is_grad_enabled():
             # torch 2.15's depthwise kernels of 13 cells, channels last, take 1.7 (bfloat16) to 4 times (float32) as
@@ -158,7 +161,7 @@ class Conv(nn.Module):
         if self.widened:
             # torch 2.15's bfloat16 convolution of two channels with kernels of 32 is wrong on AMX CPUs; three are right
             x, weight = F.pad(x, (0, 1)), F.pad(weight, (*(0, 0) * len(stride), 0, 1))
-        return conv(x, weight, self.bias, stride, padding, self.dilation, self.groups)
+        return conv(x, weight, bias, stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         out, dim = self.weight.shape[:2]
@@ -250,6 +253,8 @@ def avg_pool(
     x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0, count_include_pad: bool = True
 ) -> Tensor:
     """Mean over windows. (B, *S, C) -> (B, *S', C)."""
+    if x.ndim == 5 and x.device.type == "cpu" and x.element_size() == 2:  # torch has no such kernel
+        return avg_pool(x.float(), kernel, stride, padding, count_include_pad).to(x.dtype)
     if x.ndim == 5 and padding:  # torch's 3-D kernel refuses a map smaller than the window: pad first
         pads = [0, 0, *(p for p in reversed(ntuple(padding, 3, "padding")) for _ in range(2))]
         mean = _pool(_AVG_POOL, F.pad(x, pads), kernel, stride, 0)

@@ -8,14 +8,16 @@ Padding, shift, dilation, partition and crop are all inside the tables, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import frugal
 from .attention import attend
-from .cached import sized_cache
+from .cached import sized_cache, tracing
 
 SHIFT_MASK = -100.0  # Swin's value; a pair in different regions of a shifted map
 KEY_MASK = -1e4  # padded keys: far below any logit, and finite in float16 where -1e6 would be -inf
@@ -34,24 +36,34 @@ class Windows(NamedTuple):
     def split(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B * W, L, C), zeros where padded."""
         batch, *sides, dim = x.shape
-        y = x.reshape(batch, math.prod(sides), dim).index_select(1, self.there)
-        if self.valid is not None:
-            y = y * self.valid.to(y.dtype)
+        x = x.reshape(batch, math.prod(sides), dim)
+        if frugal.wanted(x):
+            y = frugal.take(x, self.there, self.back, self.valid)
+        else:
+            y = x.index_select(1, self.there)
+            if self.valid is not None:
+                y = y * self.valid.to(y.dtype)
         return y.reshape(batch * self.number, self.length, dim)
 
     def join(self, y: Tensor, sides) -> Tensor:
         """(B * W, L, C) -> (B, *S, C), the inverse of `split`."""
         dim = y.shape[-1]
         batch = y.shape[0] // self.number
-        x = y.reshape(batch, self.number * self.length, dim).index_select(1, self.back)
+        y = y.reshape(batch, self.number * self.length, dim)
+        if frugal.wanted(y):
+            x = frugal.take(y, self.back, self.there, back_valid=self.valid)
+        else:
+            x = y.index_select(1, self.back)
         return x.reshape(batch, *sides, dim)
 
     def bias(self, bias: Tensor | None, batch: int) -> Tensor | None:
-        """`bias` (heads, L, L) plus the mask, as attention over (B * W, heads, L, L) takes it."""
+        """`bias` (heads, L, L) plus the mask, as `attend` takes it for (B * W, heads, L, L) logits."""
         if self.mask is None:
             return None if bias is None else bias.unsqueeze(0)
         mask = self.mask.unsqueeze(1)
         both = mask if bias is None else bias.unsqueeze(0) + mask.to(bias.dtype)
+        if not tracing():
+            return both  # attend repeats it where it has to
         return both.expand(batch, *both.shape).flatten(0, 1)
 
 
@@ -83,6 +95,7 @@ def windows(
     shift: tuple[int, ...] | None = None,
     lead: tuple[int, ...] | None = None,
     mask_keys: bool = False,
+    groups: Sequence[int | None] | None = None,
     device: torch.device | None = None,
 ) -> Windows:
     """Tables that split a map of `sides` into windows of `size` tokens per axis.
@@ -91,18 +104,21 @@ def windows(
     shift: the map is rolled by -shift first, and pairs that were not neighbours before the roll get -100 (Swin).
     lead: zero cells put before the map instead of a roll (SwinMLP).
     mask_keys: padded keys get -1e4; otherwise they take part as zeros, as in Swin's dense version.
+    groups: how often size * interval fits on each axis, where the caller knows (None: does not): a plain number,
+        whatever the sides are, where symbolic ones would give an expression that nobody can simplify.
     The map is padded with zeros at the end of each axis to a multiple of size * interval.
     """
     ndim = len(sides)
     ones, zeros = (1,) * ndim, (0,) * ndim
     interval, shift, lead = interval or ones, shift or zeros, lead or zeros
     reads, oks, regions, homes, places, counts = [], [], [], [], [], []
-    for side, w, i, s, before in zip(sides, size, interval, shift, lead, strict=True):
+    for axis, (side, w, i, s, before) in enumerate(zip(sides, size, interval, shift, lead, strict=True)):
         span = w * i
-        groups = (side + before + span - 1) // span
-        padded = groups * span
+        known = None if groups is None else groups[axis]
+        fits = (side + before + span - 1) // span if known is None else known
+        padded = fits * span
         p = torch.arange(padded, device=device)
-        grid = p.reshape(groups, w, i).transpose(1, 2).reshape(groups * i, w)  # window (group, phase), token
+        grid = p.reshape(fits, w, i).transpose(1, 2).reshape(fits * i, w)  # window (group, phase), token
         source = (grid + s) % padded - before
         oks.append((source >= 0) & (source < side))
         reads.append(source.clamp(0, side - 1))
@@ -110,10 +126,11 @@ def windows(
         cell = (torch.arange(side, device=device) + before - s) % padded
         homes.append(cell // span * i + cell % i)
         places.append(cell % span // i)
-        counts.append(groups * i)
+        counts.append(fits * i)
     count, length = math.prod(counts), math.prod(size)
     there = _flatten(reads, sides, 2)
-    back = _flatten(homes, counts, 1) * length + _flatten(places, size, 1)
+    # never below zero, which torch's inductor fails to see (and then to compile) through // and %
+    back = (_flatten(homes, counts, 1) * length + _flatten(places, size, 1)).clamp(min=0)
     valid, mask = None, None
     if any(type(s) is not int or n * w != s for s, n, w in zip(sides, counts, size, strict=True)):
         valid = torch.stack(torch.broadcast_tensors(*_spread(oks, 2))).all(0).reshape(count, length)
@@ -238,7 +255,7 @@ def tiles(
     if not clamped:
         ok = torch.stack(torch.broadcast_tensors(*_spread(inside, 2))).all(0).reshape(-1)
         flat = torch.where(ok, flat, math.prod(sides))
-    back = _flatten(homes, counts, 1) * length + _flatten(places, size, 1)
+    back = (_flatten(homes, counts, 1) * length + _flatten(places, size, 1)).clamp(min=0)  # as in `windows`
     rows = tuple(2 * k - 1 if clamped else k for k in kernel)
     reach = math.prod([t + k - 1 for t, k in zip(size, kernel, strict=True)])
     return Tiles(_flatten(reads, sides, 2), back, flat, offsets, rows, count, length, reach, clamped)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Conv, adaptive_avg_pool, attend, check_heads, merge_heads, ntuple, resize, split_heads
+from ..layers.cached import settled
 
 AXES = "dhw"  # the letters of the last three axes in the names of the tables
 CELLS = 7  # the block tables an and na have as many cells per axis, whatever the map
@@ -72,6 +73,7 @@ class AgentAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dwc = Conv(ndim, dim, dim, 3, groups=dim)
 
+    @settled
     def bias(self, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What agents (1, heads, A, P + N) and what tokens (1, heads, P + N, A) add to their logits on a map `grid`."""
         heads, count, block = self.heads, math.prod(self.agents), (CELLS,) * len(grid)

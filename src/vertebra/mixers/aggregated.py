@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Conv, adaptive_avg_pool, attend, check_heads, ntuple, resize
-from ..layers.cached import sized_cache, tracing
+from ..layers.cached import settled, sized_cache, tracing
 from ..layers.window import KEY_MASK
 
 _HELD = 2**18  # hidden numbers of the position MLP that are held at once: they stay in a core's cache
@@ -75,6 +75,7 @@ class ContinuousPositionBias(nn.Module):
         self.trained, self.built = ntuple(trained, ndim, "trained"), built
         self.fc1, self.fc2 = nn.Linear(ndim, hidden), nn.Linear(hidden, heads)
 
+    @settled
     def forward(self, sides: Sequence[int], bins: Sequence[int]) -> Tensor:
         if self.built is None:
             return self._evaluated(sides, bins)

@@ -50,10 +50,11 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, *sides, dim = x.shape
         size = self.region(sides)
+        known = self.ndim == 2 and not self.late_padding  # always n_win regions per axis
         if not self.late_padding:
-            x = pad_to(x, self.n_win if self.ndim == 2 else size)
+            x = pad_to(x, self.n_win if known else size)
         full = tuple(x.shape[1:-1])
-        regions = windows(full, size, device=x.device)
+        regions = windows(full, size, groups=(self.n_win,) * 2 if known else None, device=x.device)
         number, length = regions.number, regions.length
         qkv = regions.split(self.qkv(x)) if self.late_padding else self.qkv(regions.split(x))
 

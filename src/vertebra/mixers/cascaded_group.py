@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ConvNorm, attend, check_heads, ntuple, resize, windows
-from ..layers.cached import sized_cache
+from ..layers.cached import settled, sized_cache
+from ..layers.window import KEY_MASK, Windows
 
 
 @sized_cache
@@ -38,6 +39,7 @@ class DistanceBias(nn.Module):
         self.size = tuple(size)
         self.table = nn.Parameter(torch.zeros(heads, math.prod(self.size)))
 
+    @settled
     def forward(self, size: Sequence[int]) -> Tensor:
         index = _distances(tuple(size), self.size, device=self.table.device)
         length = math.prod(size)
@@ -83,19 +85,34 @@ class CascadedGroupAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sides = tuple(x.shape[1:-1])
-        if all(s <= w for s, w in zip(sides, self.window, strict=True)):
+        exported = torch.compiler.is_exporting() and any(type(s) is not int for s in sides)
+        if not exported and all(s <= w for s, w in zip(sides, self.window, strict=True)):
             return self.within(x)
         parts = windows(sides, self.window, device=x.device)
         y = parts.split(x).reshape(x.shape[0] * parts.number, *self.window, x.shape[-1])
-        return parts.join(self.within(y).flatten(1, -2), sides)
+        outside = self._outside(parts, sides, x.shape[0]) if exported else None
+        return parts.join(self.within(y, outside).flatten(1, -2), sides)
 
-    def within(self, x: Tensor) -> Tensor:
-        """Attention of all cells of a window (B, *S, C) to each other."""
+    def _outside(self, parts: Windows, sides: Sequence[int], batch: int) -> Tensor:
+        """(B * W, *window, 1): cells of a window that are no cells of a map which one window holds.
+
+        An exported program takes such a map too, so that the choice is among its numbers, not made while tracing.
+        """
+        where = parts.there.device
+        fits = [torch.scalar_tensor(s, device=where) <= w for s, w in zip(sides, self.window, strict=True)]
+        padded = ~parts.valid.reshape(parts.number, *self.window, 1)
+        padded = padded & torch.stack(fits).all()
+        return padded.expand(batch, *padded.shape).flatten(0, 1)
+
+    def within(self, x: Tensor, outside: Tensor | None = None) -> Tensor:
+        """Attention of all cells of a window (B, *S, C) to each other, but for those `outside` (B, *S, 1)."""
         bias = self.pos(x.shape[1:-1])
+        keys = 0 if outside is None else KEY_MASK * outside.flatten(1, -2).mT.unsqueeze(1).to(bias.dtype)
         y, outs = None, []
         for j, (share, qkv, dw) in enumerate(zip(x.chunk(len(self.qkvs), -1), self.qkvs, self.dws, strict=True)):
             q, k, v = qkv(share if y is None else share + y).split(self.parts, -1)
+            q = q if outside is None else q.masked_fill(outside, 0)
             q, k, v = (t.flatten(1, -2).unsqueeze(1) for t in (dw(q), k, v))
-            y = attend(q, k, v, bias[j]).reshape(share.shape)
+            y = attend(q, k, v, bias[j] + keys).reshape(share.shape)
             outs.append(y)
         return self.proj(F.relu(torch.cat(outs, -1), inplace=True))

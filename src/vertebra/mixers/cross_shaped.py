@@ -52,7 +52,8 @@ class CrossShapedAttention(nn.Module):
         for index, part in enumerate(parts):
             along = index - len(parts) + self.ndim  # the axis that these stripes follow; -1, none, on a line
             size = tuple(side if axis == along else self.stripe for axis, side in enumerate(sides))
-            cut = windows(tuple(sides), size, device=x.device)
+            once = tuple(1 if axis == along else None for axis in range(self.ndim))
+            cut = windows(tuple(sides), size, groups=once, device=x.device)
             stripes = cut.split(part.flatten(-3))
             mask = None
             if cut.valid is not None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention, attend, merge_heads, ntuple, relative_index, resize, split_heads, windows
+from ..layers import Attention, Windows, attend, merge_heads, ntuple, relative_index, resize, split_heads, windows
+from ..layers.cached import settled
 
 
 class KeyOffsetBias(nn.Module):
@@ -25,6 +26,7 @@ class KeyOffsetBias(nn.Module):
         self.table = nn.Parameter(torch.empty(heads, *(2 * s - 1 for s in self.size)))
         nn.init.normal_(self.table, std=0.02)
 
+    @settled
     def forward(self) -> Tensor:
         index = relative_index(self.size, device=self.table.device)
         length = index.shape[0]
@@ -53,13 +55,13 @@ class BlockAttention(Attention):
         self.window, self.scale = ntuple(window, ndim, "window"), scale
         self.pos = position(self.window, heads)
 
-    def interval(self, sides: Sequence[int]) -> tuple[int, ...]:
-        """How far the cells of a window lie apart, per axis."""
-        return (1,) * len(sides)
+    def cut(self, sides: tuple[int, ...], device: torch.device) -> Windows:
+        """How a map of `sides` falls into windows."""
+        return windows(sides, self.window, mask_keys=True, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         sides = tuple(x.shape[1:-1])
-        parts = windows(sides, self.window, self.interval(sides), mask_keys=True, device=x.device)
+        parts = self.cut(sides, x.device)
         q, k, v = split_heads(self.qkv(parts.split(x)), self.heads, 3)
         y = attend(q, k, v, parts.bias(self.pos(), x.shape[0]), self.scale)
         return parts.join(self.proj(merge_heads(y)), sides)
@@ -71,5 +73,6 @@ class GridAttention(BlockAttention):
     The cells lie side / window apart, so that each window sees all of the map, thinly.
     """
 
-    def interval(self, sides: Sequence[int]) -> tuple[int, ...]:
-        return tuple((s + w - 1) // w for s, w in zip(sides, self.window, strict=True))
+    def cut(self, sides: tuple[int, ...], device: torch.device) -> Windows:
+        interval = tuple((s + w - 1) // w for s, w in zip(sides, self.window, strict=True))
+        return windows(sides, self.window, interval, mask_keys=True, groups=(1,) * len(sides), device=device)

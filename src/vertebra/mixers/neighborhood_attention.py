@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Attention, crop, merge_heads, pad_least, split_heads, tile_side, tiles
+from ..layers.cached import settled
+from ..layers.window import Tiles
 
 
 class NeighborhoodAttention(Attention):
@@ -28,11 +30,18 @@ class NeighborhoodAttention(Attention):
         self.rpb = nn.Parameter(torch.empty(heads, *(2 * kernel - 1,) * ndim))
         nn.init.trunc_normal_(self.rpb, std=0.02)
 
+    @settled
+    def _bias(self, sides: tuple[int, ...]) -> Tensor:
+        return self._tiles(sides).bias(self.heads, self.rpb.flatten(1))
+
+    def _tiles(self, sides: tuple[int, ...]) -> Tiles:
+        tile = (tile_side(self.ndim, self.kernel),) * self.ndim
+        return tiles(sides, tile, (self.kernel,) * self.ndim, clamped=True, device=self.rpb.device)
+
     def forward(self, x: Tensor) -> Tensor:
-        sides, ndim, kernel = x.shape[1:-1], self.ndim, self.kernel
-        x = pad_least(x, kernel)
-        filled, tile = tuple(x.shape[1:-1]), (tile_side(ndim, kernel),) * ndim
-        near = tiles(filled, tile, (kernel,) * ndim, clamped=True, device=x.device)
+        sides = x.shape[1:-1]
+        x = pad_least(x, self.kernel)
+        filled = tuple(x.shape[1:-1])
         q, k, v = split_heads(self.qkv(x).flatten(1, -2), self.heads, 3)
-        y = merge_heads(near.attend(q, k, v, near.bias(self.heads, self.rpb.flatten(1))))
+        y = merge_heads(self._tiles(filled).attend(q, k, v, self._bias(filled)))
         return self.proj(crop(y.reshape(x.shape), sides))

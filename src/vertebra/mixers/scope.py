@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Attention, Conv, CrossAttention, InvertedResidual, Mlp, relative_index, windows
-from ..layers.cached import tracing
+from ..layers.cached import settled, tracing
 from ..layers.position import relative_offsets
 
 
@@ -57,6 +57,7 @@ class LogPositionBias(nn.Module):
         super().__init__()
         self.mlp = Mlp(ndim, hidden, heads, act=lambda: nn.Sequential(nn.ReLU(), nn.Dropout(dropout)))
 
+    @settled
     def forward(self, size: tuple[int, ...]) -> Tensor:
         weight = self.mlp.fc1.weight
         offsets = relative_offsets(size, device=weight.device)
@@ -86,6 +87,6 @@ class GlobalScaleDilatedAttention(Attention):
         interval = tuple((s + most - 1) // most for s in sides)
         # rows of a group that are padding in every group are left out; a traced program of any size keeps them, masked
         size = tuple(most if tracing() else (s + i - 1) // i for s, i in zip(sides, interval, strict=True))
-        groups = windows(sides, size, interval, mask_keys=True, device=x.device)
+        groups = windows(sides, size, interval, mask_keys=True, groups=(1,) * len(sides), device=x.device)
         bias = groups.bias(self.pos(size), x.shape[0])
         return groups.join(super().forward(groups.split(x), bias), sides)

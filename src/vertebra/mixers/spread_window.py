@@ -31,7 +31,7 @@ class SpreadWindowAttention(nn.Module):
         sides = tuple(x.shape[1:-1])
         size = self.window or sides
         interval = tuple((s + w - 1) // w for s, w in zip(sides, size, strict=True))
-        parts = windows(sides, size, interval, device=x.device)
+        parts = windows(sides, size, interval, groups=(1,) * len(sides), device=x.device)
         cells = parts.split(x)
         q, k = split_heads(self.qk(cells), self.heads, 2)  # a 1x1 convolution does not ask for the rank
         (v,) = split_heads(cells, self.heads)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..layers import Attention, RelativePositionBias, ntuple, windows
+from ..layers.cached import settled
+from ..layers.frugal import repeat
+from ..layers.window import Windows
 
 
 class WindowAttention(Attention):
@@ -16,6 +19,8 @@ class WindowAttention(Attention):
     padded with zeros, which take part as keys unless `mask_keys`. `position` False leaves out the relative position
     bias. Memory grows linearly with the map.
     """
+
+    kept = None  # by `vertebra.deploy`: what was computed from weights alone; see layers.cached.settled
 
     def __init__(
         self, ndim: int, dim: int, heads: int, window: int | Sequence[int] = 7, shift: int = 0,
@@ -27,6 +32,15 @@ class WindowAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         sides = tuple(x.shape[1:-1])
-        parts = windows(sides, self.window, shift=self.shift, mask_keys=self.mask_keys, device=x.device)
-        bias = parts.bias(None if self.pos is None else self.pos(), x.shape[0])
-        return parts.join(super().forward(parts.split(x), bias), sides)
+        parts = self._windows(sides)
+        return parts.join(super().forward(parts.split(x), self._bias(sides, x.shape[0])), sides)
+
+    def _windows(self, sides: tuple[int, ...]) -> Windows:
+        where = self.proj.weight.device
+        return windows(sides, self.window, shift=self.shift, mask_keys=self.mask_keys, device=where)
+
+    @settled
+    def _bias(self, sides: tuple[int, ...], batch: int) -> Tensor | None:
+        parts = self._windows(sides)
+        bias = parts.bias(None if self.pos is None else self.pos(), batch)
+        return bias if self.kept is None else repeat(bias, batch * parts.number)  # deployed: repeated once for all

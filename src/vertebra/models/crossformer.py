@@ -68,6 +68,7 @@ class CrossFormer(Backbone):
         (r"^stages\.", "layers."),
         (r"\.cool\.(conv|norm)", lambda m: {"conv": ".ex_conv", "norm": ".ex_ln"}[m[1]]),
     )
+    EXPORT = "a map with a side of one group or less is a single group: sizes differ in their graphs"
     CONSTANT = (r"\.attn\.biases$", r"\.attn\.relative_position_index$", r"\.attn_mask$")
 
     def __init__(

@@ -54,7 +54,7 @@ class SameConv(Conv):
     def forward(self, x: Tensor) -> Tensor:
         sides, none, one = x.shape[1:-1], (0,) * (x.ndim - 2), (1,) * (x.ndim - 2)
         if tracing():
-            x = F.pad(x, [0, 0, *(v for s in reversed(sides) for v in (s - s // 2 * 2, 1))])
+            x = F.pad(x, [0, 0, *(v for s in reversed(sides) for v in ((s + 1) // 2 * 2 - s, 1))])
             return conv(x, self.weight, self.bias, self.stride, none, one, self.groups)
         # the same sums without a copy of the map: for an even side the kernel gets a zero in front, padding is even
         weight = F.pad(self.weight, [v for s in reversed(sides) for v in (1 - s % 2, 0)])

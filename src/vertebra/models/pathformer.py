@@ -91,7 +91,8 @@ class Router(nn.Module):
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         device = s.device.type
         # which expert is a matter of small differences; without autocast the block would be one more thing to trace
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        casting = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casting else nullcontext():
             return self.route(s.to(self.gate.weight.dtype))
 
     def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,6 +292,7 @@ class Pathformer(Backbone):
 
     ndims = (1,)
     prediction = "forecast"
+    EXPORT = "its linear layers over time are as long as the series"
     OFFICIAL = (
         (r"^head\.", "projections.0."),
         (r"^start\.", "start_fc."),

@@ -37,7 +37,7 @@ from ..layers import (
     split_heads,
     windows,
 )
-from ..layers.cached import sized_cache, tracing
+from ..layers.cached import settled, sized_cache, tracing
 from ..layers.window import KEY_MASK
 from ..mixers import WindowAttention
 from ..registry import Family, Inputs, Variant, Weights
@@ -94,6 +94,7 @@ def neighbourhoods(
 class SizedBias(RelativePositionBias):
     """A relative position bias for a map of any size, its table resampled off the built one."""
 
+    @settled
     def forward(self, size: tuple[int, ...]) -> Tensor:  # type: ignore[override]
         if not tracing() and size == self.size:
             return super().forward()

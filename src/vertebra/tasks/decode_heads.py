@@ -62,7 +62,7 @@ class _Plain(nn.Module):
 class DecodeHead(nn.Module):
     """Base of the heads: (maps, image) -> logits (B, *S', num_classes), the image (B, *S, in_chans).
 
-    A head defines ``fuse(maps, image) -> (B, *S', channels)``; whole channels are dropped at rate `dropout`, then
+    A head defines ``merge(maps, image) -> (B, *S', channels)``; whole channels are dropped at rate `dropout`, then
     ``conv_seg`` classifies.
     """
 
@@ -81,11 +81,11 @@ class DecodeHead(nn.Module):
             nn.init.zeros_(conv.bias)
         return conv
 
-    def fuse(self, maps: Sequence[Tensor], image: Tensor) -> Tensor:
+    def merge(self, maps: Sequence[Tensor], image: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor], image: Tensor) -> Tensor:
-        x = self.fuse(maps, image)
+        x = self.merge(maps, image)
         if self.training and self.dropout:
             x = channels_last(torch.feature_dropout(channels_first(x), self.dropout, True))
         return self.conv_seg(x)
@@ -110,7 +110,7 @@ class SemanticFPNHead(DecodeHead):
             self.scale_heads.append(nn.Sequential(*parts))
         init_fan_out(self.scale_heads)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         total = self.scale_heads[0](maps[0])
         for head, x in zip(list(self.scale_heads)[1:], maps[1:], strict=True):
             total = total + _like(head(x), total)
@@ -162,7 +162,7 @@ class UPerHead(DecodeHead):
         for part in (self.psp_modules, self.bottleneck, self.lateral_convs, self.fpn_convs, self.fpn_bottleneck):
             init_fan_out(part)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         sums = [lateral(x) for lateral, x in zip(self.lateral_convs, maps[:-1], strict=True)]
         sums.append(self.bottleneck(self.psp_modules(maps[-1])))
         for i in range(len(sums) - 1, 0, -1):
@@ -186,7 +186,7 @@ class PSPHead(DecodeHead):
         init_fan_out(self.psp_modules)
         init_fan_out(self.bottleneck)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         return self.bottleneck(self.psp_modules(maps[self.level]))
 
 
@@ -208,7 +208,7 @@ class ASPPHead(DecodeHead):
         for part in (self.image_pool, self.aspp_modules, self.bottleneck):
             init_fan_out(part)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         x = maps[self.level]
         return self.bottleneck(torch.cat([_like(self.image_pool(x), x), *(conv(x) for conv in self.aspp_modules)], -1))
 
@@ -223,7 +223,7 @@ class SegFormerHead(DecodeHead):
         init_fan_out(self.convs)
         init_fan_out(self.fusion_conv)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         levels = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
         return self.fusion_conv(torch.cat([_like(x, levels[0]) for x in levels], -1))
 
@@ -242,7 +242,7 @@ class FCNHead(DecodeHead):
         )
         init_fan_out(self.convs)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         return self.convs(maps[self.level])
 
 
@@ -277,7 +277,7 @@ class UNetHead(DecodeHead):
         """torch's own initialisation: from so few channels, logits near zero would take very long to grow."""
         return Conv(self.ndim, self.channels, num_classes)
 
-    def fuse(self, maps, image):
+    def merge(self, maps, image):
         skips = []
         for conv in self.stem:
             image = conv(image)

@@ -1,0 +1,138 @@
+"""Exported files: what they hold, at which sizes they run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import vertebra
+from vertebra.deploy import exporting
+from vertebra.deploy.exporting import ExportError
+
+NETS = {  # class token; pyramid of shifted windows
+    "deit_tiny_distilled_patch16_224": dict(dim=24, depth=1, heads=3, img_size=32),
+    "swin_tiny_patch4_window7_224": dict(dim=8, depths=(2, 1), heads=(2, 2), window=2, img_size=32),
+}
+torch.set_num_threads(1)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Weights at which every part moves the outputs."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * p[0].numel() ** -0.5 if p.ndim > 1 else p + 0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def small(name: str = "resnet18", **options):
+    if name == "resnet18":
+        options = dict(layers=(1, 1, 1, 1)) | options
+    return lively(vertebra.create_model(name, **({"in_chans": 2, "num_classes": 3} | NETS.get(name, {}) | options)))
+
+
+@pytest.mark.parametrize(("name", "to"), list(zip(NETS, ["torch-export", "onnx"], strict=True)))
+def test_one_file_runs_at_sizes_nobody_traced(name, to, tmp_path):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    model, path = small(name), tmp_path / ("net" + exporting.FORMATS[to])
+    report = vertebra.export(model, path, to)
+    assert report.dynamic == ("batch", "side 0", "side 1") and report.bytes == path.stat().st_size
+    least = model.min_size
+    assert {f"1x2x{least}x{least}", f"3x2x{least}x{least}", f"1x2x{least}x{2 * least + 3}"} <= set(report.errors)
+    assert len(report.errors) == 8 and max(report.errors.values()) <= 1e-5
+    run = vertebra.load_exported(path, trusted=True)
+    assert run.format == to and run.metadata == report.metadata and run.metadata["min_size"] == least
+    x = torch.randn(2, 2, least + 1, 3 * least + 5)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), atol=1e-4, rtol=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+def test_maps_and_normalisation_are_in_the_file(tmp_path):
+    model = small(in_chans=3, features_only=True, out_indices=(1, 3))
+    path = tmp_path / "maps.pt2"
+    report = vertebra.export(model, path)
+    assert report.metadata["mean"] == [0.485, 0.456, 0.406] and report.metadata["features"] is True
+    maps = vertebra.load_exported(path, trusted=True)(torch.randn(1, 3, 40, 64))
+    assert [m.shape[1] for m in maps] == [model.feature_info[i]["num_chs"] for i in (1, 3)]
+    extra = {"vertebra.json": ""}
+    torch.export.load(path, extra_files=extra)
+    assert json.loads(extra["vertebra.json"]) == report.metadata
+
+
+def test_a_program_refuses_what_the_model_refuses(tmp_path):
+    model, path = small(), tmp_path / "net.pt2"
+    vertebra.export(model, path, verify=False)
+    run = vertebra.load_exported(path, trusted=True)
+    assert run(torch.randn(1, 2, 32, 32)).shape == (1, 3)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        run(torch.randn(1, 2, 31, 32))
+
+
+def test_a_static_file_has_one_shape(tmp_path):
+    report = vertebra.export(small(), tmp_path / "net.pt2", dynamic=False, sides=(40, 33))
+    assert report.dynamic == () and list(report.errors) == ["1x2x40x33"]
+
+
+def test_weights_as_long_as_the_input_keep_it_and_say_why(tmp_path):
+    options = dict(dim=4, patches=((6, 4),), top=1, hidden=8, img_size=24)
+    model = small("pathformer_etth1_96", **options)
+    assert type(model).EXPORT
+    with pytest.raises(ExportError, match="cannot be exported to torch-export"):
+        vertebra.export(model, tmp_path / "net.pt2", sides=48)
+    report = vertebra.export(model, tmp_path / "net.pt2")
+    assert report.dynamic == ("batch",) and list(report.errors) == ["1x2x24", "3x2x24"]
+
+
+def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"older")
+    monkeypatch.setitem(exporting.TOLERANCE, "torch-export", -1.0)
+    monkeypatch.setattr(exporting, "_worst", lambda found, wanted: 0.5)
+    with pytest.raises(ExportError, match=r"differs by 5\.0e-01 at 1x2x40x40"):
+        vertebra.export(small(), path, dynamic=False, sides=40)
+    assert path.read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(to="tflite"), "unknown format 'tflite'"),
+        (dict(to="onnx"), r"is named \*.onnx"),
+        (dict(sides=16), "at least 32"),
+    ],
+)
+def test_what_cannot_be_asked(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        vertebra.export(small(), tmp_path / "net.pt2", **options)
+
+
+def test_what_cannot_be_exported(tmp_path):
+    with pytest.raises(ValueError, match="training mode"):
+        vertebra.export(small().train(), tmp_path / "net.pt2")
+    with pytest.raises(ValueError, match="Linear cannot be exported"):
+        vertebra.export(nn.Linear(2, 2), tmp_path / "net.pt2")
+
+
+def test_untrusted_files(tmp_path):
+    path = tmp_path / "net.pt2"
+    vertebra.export(small(), path, dynamic=False, sides=32, verify=False)
+    with pytest.raises(ValueError, match="can run code"):
+        vertebra.load_exported(path)
+    with pytest.raises(FileNotFoundError):
+        vertebra.load_exported(tmp_path / "none.pt2")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "bad.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ExportError, match="cannot open it"):
+        vertebra.load_exported(tmp_path / "bad.onnx")
+
+
+def test_worst_error_is_relative_to_each_output():
+    one = torch.tensor([1.0, 2.0])
+    assert exporting._worst([one, 100 * one + 2], [one, 100 * one]) == pytest.approx(0.01)
+    assert exporting._worst(one * float("nan"), one) == float("inf")
+    assert exporting._worst(one[:1], one) == float("inf")
