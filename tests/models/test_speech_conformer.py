@@ -11,6 +11,7 @@ from oracle import Largest, error, spread
 from torch import nn
 
 import vertebra
+from vertebra.deploy.fusing import _replace
 from vertebra.layers import record_attention
 from vertebra.mixers import ConvolutionModule, RelativeAttention
 
@@ -86,7 +87,7 @@ def test_convolution_module_is_the_figure(ndim, norm):
     y = call(y * y.sigmoid(), mixer.project.weight, mixer.project.bias).movedim(1, -1)
     torch.testing.assert_close(mixer(x), y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixer(x, torch.ones_like(x[..., :1], dtype=torch.bool)), y, rtol=1e-4, atol=1e-5)
-    folded = vertebra.deploy.fusing._replace(mixer, published=False)
+    folded = _replace(mixer, published=False)
     assert isinstance(folded.inner_norm, nn.Identity) == (norm == "batch")
     torch.testing.assert_close(folded(x), y, rtol=1e-4, atol=1e-5)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cached import tracing
 from .drop import DropPath
+from .frugal import hooked
 from .reparam import fold
 from .space import BatchNorm, Conv
 
@@ -70,6 +71,7 @@ class ConvNorm(nn.Module):
             and not self.act_first
             and not torch.is_grad_enabled()
             and not tracing()
+            and not hooked(conv, norm)
             and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
             and _FOLD * conv.weight[0].numel() * math.prod(conv.stride) * conv.weight.shape[1] * conv.groups < x.numel()
         )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .frugal import hooked
+
 
 class DropPath(nn.Module):
     """Stochastic depth per sample (arXiv 1603.09382): in training a branch is dropped with probability `rate`."""
@@ -51,7 +53,7 @@ class LayerScale(nn.Module):
 
 def residual(x: Tensor, y: Tensor, scale: nn.Module, drop_path: DropPath) -> Tensor:
     """x + drop_path(scale(y)), in one pass over memory where `scale` is a layer scale and nothing is dropped."""
-    if type(scale) is LayerScale and not (drop_path.training and drop_path.rate) and not scale._forward_hooks:
+    if type(scale) is LayerScale and not (drop_path.training and drop_path.rate) and not hooked(scale):
         return torch.addcmul(x, y, scale.gamma.view(-1))
     return x + drop_path(scale(y))
 

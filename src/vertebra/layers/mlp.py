@@ -53,6 +53,8 @@ class Mlp(nn.Module):
         """
         if self.middle is not None or x.device.type != "cpu" or torch.is_grad_enabled() or tracing():
             return 0
+        if frugal.hooked(self.fc1, self.act, self.fc2):  # who watches them is to see the whole map
+            return 0
         width = self.fc1.weight.shape[0] * x.element_size()
         return max(_ROWS, _PART // width) if x.numel() // x.shape[-1] * width > _LARGE else 0
 
