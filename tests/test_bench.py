@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import vertebra
 from vertebra import cli
@@ -64,6 +65,30 @@ def test_a_lower_precision_is_set_beside_the_peers_float32():
     row = bench_module.inference_figures("bfloat16", TIMES, {}, 8, macs=5e9, matmul_macs=1e10)
     assert row["deploy_ratio_float32"] == 12.0  # of 12, 4, 16
     assert "deploy_ratio" not in row and "infer_ratio" not in row and "infer_latency" not in row
+
+
+def test_a_deployed_network_is_set_beside_the_peer_as_it_is_deployed():
+    times = TIMES | {"merged float32": [3.0, 2.0, 4.0]}
+    row = bench_module.inference_figures("float32", times, ALONE, 8, macs=5e9, matmul_macs=1e10)
+    plain = bench_module.inference_figures("float32", TIMES, ALONE, 8, macs=5e9, matmul_macs=1e10)
+    assert row["peer_deploy_step_time"] == 3000
+    ours = times["deploy float32"]
+    assert row["deploy_ratio"] == row["deploy_ratio_float32"] == sorted(a / b for a, b in zip([3, 2, 4], ours))[1]
+    assert row["deploy_ratio"] < plain["deploy_ratio"] and row["infer_ratio"] == plain["infer_ratio"]
+    assert row["deploy_latency_ratio"] == plain["deploy_latency_ratio"]  # of one sample no merged peer was timed
+
+
+def test_a_peer_is_merged_where_its_library_can():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model("repvgg_a0", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    merged = peers.merged(net)
+    assert merged is not None and sum(1 for _ in merged.modules()) < sum(1 for _ in net.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), net(x), atol=1e-4, rtol=1e-4)
+    assert peers.merged(timm.create_model("resnet18")) is None
+    assert peers.merged(nn.Linear(2, 2)) is None
 
 
 def test_training_counts_three_inferences():

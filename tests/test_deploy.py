@@ -19,6 +19,7 @@ from vertebra.deploy.deploying import _prepared, _tensors
 from vertebra.deploy.packing import PackedConv, PackedLinear, activation, pack
 from vertebra.layers import Conv, DynamicPositionBias, Mlp
 from vertebra.layers.conv import ConvNorm
+from vertebra.layers.drop import plus
 
 ROUTED = {"biformer", "biformer_nchw"}  # a last bit of bfloat16 sends a cell elsewhere
 ACTS = [
@@ -57,6 +58,13 @@ def test_a_packed_layer_is_the_layer(layer, act):
     assert error(packed(torch.cat([x, x])), torch.cat([want, want])) <= 1e-5  # packed for another batch
     half = copy.deepcopy(packed).bfloat16()
     assert error(half(x.bfloat16()), want) <= 0.02 and len(half[0]._packed) == 1
+
+    shortcut = torch.randn_like(want)
+    summed = act(plain(x) + shortcut)
+    after = packed[1]  # the activation, where oneDNN has none of this kind
+    assert error(after(packed[0](x, shortcut)), summed) <= 1e-5
+    assert error(after(packed[0](x, shortcut.mT.contiguous().mT)), summed) <= 1e-5  # as it lies in memory
+    assert error(after(half[0](x.bfloat16(), shortcut.bfloat16())), summed) <= 0.02
 
 
 def test_a_changed_weight_is_packed_anew():
@@ -106,6 +114,28 @@ def test_activations_are_taken_in_where_they_follow_at_once():
     folded = vertebra.fuse(make("mobilenet_v2").eval(), published=False)
     pack(folded)
     assert not any(isinstance(m.act, nn.ReLU6) for m in folded.modules() if isinstance(m, ConvNorm))
+
+
+@pytest.mark.parametrize("act", [None, nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_shortcut_is_added_before_the_activation(kernel, act):
+    torch.manual_seed(0)
+    conv = ConvNorm(2, 8, 8, kernel, act=act)
+    x, shortcut = torch.randn(2, 6, 5, 8), torch.randn(2, 6, 5, 8)
+    conv(x)  # statistics that are not those of a fresh norm
+    conv.eval().requires_grad_(False)
+    want = (act or nn.Identity)()(conv.norm(conv.conv(x)) + shortcut)
+    assert error(conv(x, shortcut), want) <= 1e-6
+    folded = conv.fuse(published=False)
+    assert error(folded(x, shortcut), want) <= 1e-5
+    pack(folded)
+    assert folded.sums == (act is None)
+    assert error(folded(x, shortcut), want) <= 1e-5
+    assert error(plus(folded, x, shortcut), folded(x) + shortcut) <= 1e-6
+    seen = []
+    folded.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert error(plus(folded, x, shortcut), folded(x) + shortcut) <= 1e-6
+    assert error(seen[0], folded(x)) == 0  # who watches the layer sees its own output
 
 
 # every rank of every net with -m parity_all; without, rank 2 and below a few others

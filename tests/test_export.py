@@ -11,6 +11,8 @@ from torch import nn
 import vertebra
 from vertebra.deploy import exporting
 from vertebra.deploy.exporting import ExportError
+from vertebra.layers.cached import one_trace
+from vertebra.layers.window import windows
 
 NETS = {  # class token; pyramid of shifted windows
     "deit_tiny_distilled_patch16_224": dict(dim=24, depth=1, heads=3, img_size=32),
@@ -62,6 +64,34 @@ def test_maps_and_normalisation_are_in_the_file(tmp_path):
     extra = {"vertebra.json": ""}
     torch.export.load(path, extra_files=extra)
     assert json.loads(extra["vertebra.json"]) == report.metadata
+
+
+def test_a_segmentation_network_is_one_file_for_any_size(tmp_path):
+    net = vertebra.segmentation(
+        "resnet18", "semantic_fpn", 4, layers=(1, 1, 1, 1), in_chans=2,
+        head_options={"neck_channels": 8, "channels": 8},
+    )  # fmt: skip
+    report = vertebra.export(lively(net), tmp_path / "net.pt2", sides=(40, 57))
+    assert report.metadata["network"] == type(net).__name__ and report.metadata["num_classes"] == 4
+    assert len(report.errors) == 8 and max(report.errors.values()) <= 1e-5
+    x = torch.randn(1, 2, 33, 90)
+    with torch.no_grad():
+        y = vertebra.load_exported(tmp_path / "net.pt2", trusted=True)(x)
+        assert y.shape == (1, 4, 33, 90)
+        torch.testing.assert_close(y, net(x), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_one_stage_share_their_tables(tmp_path):
+    """The tables of windows are in the program once per size and shift, however many blocks there are."""
+
+    def counted(depth: int) -> int:
+        vertebra.export(small("swin_tiny_patch4_window7_224", depths=(depth, 1)), tmp_path / "net.pt2", verify=False)
+        nodes = torch.export.load(tmp_path / "net.pt2").graph.nodes
+        return sum("arange" in str(node.target) for node in nodes)
+
+    assert counted(2) == counted(4) > 0
+    with one_trace():  # outside of a trace nothing changes
+        assert windows((4, 4), (2, 2)) is windows((4, 4), (2, 2))
 
 
 def test_a_program_refuses_what_the_model_refuses(tmp_path):

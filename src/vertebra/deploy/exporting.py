@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..layers.cached import one_trace
 from ..layers.space import ntuple
 from .fusing import fuse as fuse_model
 from .inputs import usual_sides
@@ -178,7 +179,7 @@ def _trace(model: Any, example: Tensor, free: Sequence[int]) -> torch.export.Exp
     from torch.utils._sympy.value_ranges import ValueRanges
 
     dims = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),) if free else None
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with torch.no_grad(), one_trace(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(model, (example,), dynamic_shapes=dims)
     value = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "x").meta["val"]
     for axis in free:

@@ -1,7 +1,7 @@
-"""Linear layers and convolutions as oneDNN wants them: the weight laid out once, the activation inside the kernel.
+"""Linear layers and convolutions as oneDNN wants them: the weight laid out once, what follows inside the kernel.
 
-torch's plain calls lay the weight out anew at every call and write the activation in a second pass over memory. The
-operators here are those that torch's own compiler uses for frozen weights on the CPU.
+torch's plain calls lay the weight out anew at every call, and write the sum with a shortcut and the activation in
+further passes over memory. The operators here are those that torch's own compiler uses for frozen weights on the CPU.
 """
 
 from __future__ import annotations
@@ -54,8 +54,14 @@ class _Packed(nn.Module):
 
     The plain weight stays where it was, under its name: the state dict is the same, and a weight that was loaded,
     moved or changed in place is packed anew. Wherever packing does not apply (a gradient is wanted, autocast, another
-    device or dtype, while tracing) the plain layer runs.
+    device or dtype, while tracing) the plain layer runs. A call's `shortcut`, of the output's shape, is added before
+    the activation.
     """
+
+    @property
+    def sums(self) -> bool:
+        """Whether the layer and a shortcut are all that it computes; see `layers.drop.plus`."""
+        return isinstance(self.act, nn.Identity)
 
     weight: Any  # the layer's own, declared by the class that this one is mixed into
     bias: Any
@@ -103,25 +109,37 @@ class _Packed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles: oneDNN's tensors can be neither
         return self.__dict__ | {"_packed": {}}
 
+    def _plainly(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        """The same by the plain layer, where the kernels do not apply."""
+        y = super().forward(x)  # type: ignore[misc]
+        return self.act(y if shortcut is None else y + shortcut)
 
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, act: Act) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *act)
+    def _product(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        """The layer over the last axis of `x`."""
+        call, packed = torch.ops.mkldnn._linear_pointwise, self._weight(x.shape)
+        if shortcut is None:
+            return call(x, packed, self.bias, *self._act)
+        return self.act(call.binary(x, shortcut, packed, self.bias, "add"))
+
+
+def _fits(shortcut: Tensor | None, x: Tensor) -> bool:
+    """Whether the kernels can add `shortcut` to a product of `x`."""
+    return shortcut is None or (shortcut.dtype == x.dtype and shortcut.is_contiguous())
 
 
 class PackedLinear(_Packed, nn.Linear):
-    """A linear layer and the activation after it: (..., in) -> (..., out)."""
+    """A linear layer, a shortcut and the activation after them: (..., in) -> (..., out)."""
 
     def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), math.prod(shape[:-1]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._ready(x):
-            return self.act(super().forward(x))
-        return _linear(x, self._weight(x.shape), self.bias, self._act)
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        ready = self._ready(x) and _fits(shortcut, x)
+        return self._product(x, shortcut) if ready else self._plainly(x, shortcut)
 
 
 class PackedConv(_Packed, Conv):
-    """A convolution and the activation after it: (B, *S, dim) -> (B, *S', out)."""
+    """A convolution, a shortcut and the activation after them: (B, *S, dim) -> (B, *S', out)."""
 
     def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         if self.pointwise:
@@ -154,19 +172,28 @@ class PackedConv(_Packed, Conv):
         plain = self.padding, stride, self.dilation
         return tuple((v, *axes) for v, axes in zip((0, 1, 1), plain)) if rank1 else plain
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._ready(x) or self._delicate(x):
-            return self.act(super().forward(x))
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        if not self._ready(x) or self._delicate(x) or not _fits(shortcut, x):
+            return self._plainly(x, shortcut)
         if self.sampled:
             x = x[(slice(None), *(slice(None, None, s) for s in self.stride))].contiguous()
-        packed = self._weight(x.shape)
         if self.pointwise:
-            return _linear(x, packed, self.bias, self._act)
-        line = len(self.kernel) == 1
-        maps = channels_first(x.unsqueeze(1) if line else x)
-        y = channels_last(
-            torch.ops.mkldnn._convolution_pointwise(maps, packed, self.bias, *self._geometry(), self.groups, *self._act)
-        )
+            return self._product(x, shortcut)
+        call, line = torch.ops.mkldnn._convolution_pointwise, len(self.kernel) == 1
+
+        def maps(t: Tensor) -> Tensor:
+            return channels_first(t.unsqueeze(1) if line else t)
+
+        rest = self._weight(x.shape), self.bias, *self._geometry(), self.groups
+        if shortcut is None:
+            y = call(maps(x), *rest, *self._act)
+        elif self.groups != 1:  # the kernel takes sums of full convolutions only
+            y = self.act(call(maps(x), *rest, *NONE).add_(maps(shortcut)))
+        elif self._act[0] == "relu":
+            y = call.binary(maps(x), maps(shortcut), *rest, "add", 1.0, *self._act)
+        else:
+            y = self.act(call.binary(maps(x), maps(shortcut), *rest, "add", 1.0, None, [], None))
+        y = channels_last(y)
         return y.squeeze(1) if line else y
 
 

@@ -82,9 +82,10 @@ _OURS = {
     "infer_peak_ratio": "our peak memory over the peer's: below 1 ours needs less",
     "train_ratio": "the peer's time over ours",
     "train_peak_ratio": "our peak memory over the peer's",
-    "deploy_ratio": "the peer's time over that of the deployed network, same precision",
+    "peer_deploy_step_time": "ms of the peer with branches and norms merged, where its library can do that",
+    "deploy_ratio": "the peer's time, merged where it can be, over that of the deployed network, same precision",
     "deploy_latency_ratio": "the same for one sample alone",
-    "deploy_ratio_float32": "the peer's float32 time over that of the deployed network in this precision",
+    "deploy_ratio_float32": "the same peer's float32 time over that of the deployed network in this precision",
     "ratios_of": "paired: taken in turn in one run; different runs: read from a file",
     "rounds": "rounds of each comparison",
     "seconds": "what measuring this network took, all precisions",
@@ -312,20 +313,30 @@ class _Bench:
         return torch.compile(model) if self.settings.compile else model
 
     def networks(self) -> dict[str, nn.Module]:
-        """All that take part in inference: "infer", "deploy", "nchw" and "cl" with the precision behind it."""
+        """All that take part in inference, with the precision behind the name.
+
+        "infer" and "deploy" are ours, "nchw" and "cl" the peer's formats, "merged nchw" and "merged cl" those of the
+        peer as it is deployed.
+        """
         found: dict[str, nn.Module] = {}
+        merged = peers.merged(self.peer) if self.settings.deploy and self.peer is not None else None
+        theirs = {kind: net for kind, net in (("", self.peer), ("merged ", merged)) if net is not None}
         for precision in self.settings.precision:
             found[f"infer {precision}"] = self._compiled(self._placed(self.model, precision))
-            if self.peer is not None:
+            for kind, peer in theirs.items():
                 for layout, memory_format in FORMATS.items():
-                    found[f"{layout} {precision}"] = self._compiled(self._placed(self.peer, precision, memory_format))
+                    placed = self._placed(peer, precision, memory_format)
+                    found[f"{kind}{layout} {precision}"] = self._compiled(placed)
             if self.settings.deploy:
                 plain = self._placed(self.model, "float32")
                 found[f"deploy {precision}"] = _deployed(plain, precision, self.settings.compile)
         return found
 
     def inferences(self, networks: Mapping[str, nn.Module], batch: int) -> tuple[Calls, dict[str, str]]:
-        """Calls on `batch` samples, of the peer only the better format under "peer"; and which format that is."""
+        """Calls on `batch` samples, of the peer only the better format under "peer"; and which format that is.
+
+        Of a merged peer the better format is under "merged".
+        """
         calls: Calls = {}
         formats: dict[str, str] = {}
         for precision in self.settings.precision:
@@ -333,22 +344,25 @@ class _Bench:
             for side in ("infer", "deploy"):
                 if (key := f"{side} {precision}") in networks:
                     calls[key] = inference(networks[key], x)
-            tried = {
-                key: inference(networks[key], x.contiguous(memory_format=memory_format))
-                for layout, memory_format in FORMATS.items()
-                if (key := f"{layout} {precision}") in networks
-            }
-            self._add_peer(calls, formats, precision, tried)
+            for side, kind in (("peer", ""), ("merged", "merged ")):
+                tried = {
+                    key: inference(networks[key], x.contiguous(memory_format=memory_format))
+                    for layout, memory_format in FORMATS.items()
+                    if (key := f"{kind}{layout} {precision}") in networks
+                }
+                self._add_peer(calls, formats if side == "peer" else {}, precision, tried, side)
         return calls, formats
 
-    def _add_peer(self, calls: Calls, formats: dict[str, str], precision: str, tried: Calls) -> None:
+    def _add_peer(
+        self, calls: Calls, formats: dict[str, str], precision: str, tried: Calls, side: str = "peer"
+    ) -> None:
         """The faster of the formats that run (least of two calls after one to warm up), and its name."""
         if tried := self.working(tried):
             best = next(iter(tried))
             if len(tried) > 1:
                 best = min(tried, key=lambda key: min(seconds(tried[key], self.device) for _ in range(2)))
             formats[precision] = best.partition(" ")[0]
-            calls[f"peer {precision}"] = tried[best]
+            calls[f"{side} {precision}"] = tried[best]
 
     def trainings(self) -> tuple[Calls, dict[str, str]]:
         """Training steps of ours and of the peer in its better format, per precision."""
@@ -382,7 +396,7 @@ class _Bench:
                 call()
                 found[name] = call
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
-                side, _, precision = name.partition(" ")
+                side, _, precision = name.rpartition(" ")
                 self.errors.setdefault(precision, f"{side}: {type(e).__name__}: {e}")
         return found
 
@@ -398,7 +412,8 @@ class _Bench:
         calls = self.working(calls)
         for name, call in calls.items():
             side, _, precision = name.partition(" ")
-            rows[precision][f"{'peer_infer' if side == 'peer' else side}_peak_mib"] = peak(call, device) / 2**20
+            if side != "merged":
+                rows[precision][f"{'peer_infer' if side == 'peer' else side}_peak_mib"] = peak(call, device) / 2**20
         times = paired(calls | products, settings.rounds, device)
         alone = paired(self.working(self.inferences(networks, 1)[0]), settings.rounds, device)
         for precision, row in rows.items():
@@ -428,33 +443,37 @@ def inference_figures(precision: str, times: Times, alone: Times, batch: int, ma
     """The inference columns of one precision.
 
     `times` has seconds of whole batches, `alone` of single samples, both under "infer float32", "deploy float32",
-    "peer float32" and so on; `times` those of the matrix product under "matmul float32" too. `macs` is of one sample.
+    "peer float32" and so on, of a peer as it is deployed under "merged float32"; `times` those of the matrix product
+    under "matmul float32" too. `macs` is of one sample.
     """
     row: Row = {}
     matmul = times[f"matmul {precision}"]
     row["matmul_gmacs_per_sec"] = matmul_macs / statistics.median(matmul) / 1e9
     peer, peer_alone = times.get(f"peer {precision}"), alone.get(f"peer {precision}")
-    for side, ratio_name, latency_name in (
-        ("infer", "infer_ratio", "latency_ratio"),
-        ("deploy", "deploy_ratio", "deploy_latency_ratio"),
+    ready, ready_alone = (t.get(f"merged {precision}", t.get(f"peer {precision}")) for t in (times, alone))
+    for side, other, other_alone, ratio_name, latency_name in (
+        ("infer", peer, peer_alone, "infer_ratio", "latency_ratio"),
+        ("deploy", ready, ready_alone, "deploy_ratio", "deploy_latency_ratio"),
     ):
         if (ours := times.get(f"{side} {precision}")) is None:
             continue
         row |= speed_figures(side, ours, batch)
         row[f"{side}_matmul_share"] = matmul_share(macs * batch, ours, matmul_macs, matmul)
-        if peer is not None:
-            row[ratio_name] = ratio(peer, ours)
+        if other is not None:
+            row[ratio_name] = ratio(other, ours)
         if (single := alone.get(f"{side} {precision}")) is not None:
             row[f"{side}_latency"] = 1e3 * statistics.median(single)
-            if peer_alone is not None:
-                row[latency_name] = ratio(peer_alone, single)
+            if other_alone is not None:
+                row[latency_name] = ratio(other_alone, single)
     if peer is not None:
         row |= speed_figures("peer_infer", peer, batch)
     if peer_alone is not None:
         row["peer_infer_latency"] = 1e3 * statistics.median(peer_alone)
-    deployed, plain_peer = times.get(f"deploy {precision}"), times.get("peer float32")
-    if deployed is not None and plain_peer is not None:
-        row["deploy_ratio_float32"] = ratio(plain_peer, deployed)
+    if (merged := times.get(f"merged {precision}")) is not None:
+        row["peer_deploy_step_time"] = 1e3 * statistics.median(merged)
+    deployed, reference = times.get(f"deploy {precision}"), times.get("merged float32", times.get("peer float32"))
+    if deployed is not None and reference is not None:
+        row["deploy_ratio_float32"] = ratio(reference, deployed)
     return row
 
 

@@ -191,6 +191,16 @@ def copy_weights(ours: nn.Module, peer: nn.Module, x: Tensor) -> float:
     return error
 
 
+def merged(peer: nn.Module) -> nn.Module | None:
+    """A copy of `peer` with branches and norms merged as its own library does that; None where there is no such way."""
+    if not type(peer).__module__.startswith("timm."):
+        return None
+    from timm.utils import reparameterize_model
+
+    found = reparameterize_model(peer, inplace=False).eval()
+    return None if list(map(type, found.modules())) == list(map(type, peer.modules())) else found
+
+
 def unsettle(model: nn.Module, generator: torch.Generator) -> None:
     """Moves every parameter and running statistic a little: zeros and ones of the initialisation hide mistakes."""
     with torch.no_grad():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -13,18 +16,44 @@ def tracing() -> bool:
     return torch.compiler.is_compiling()
 
 
+_of_trace: ContextVar[dict[Hashable, Any] | None] = ContextVar("vertebra tables of one trace", default=None)
+
+
+@contextlib.contextmanager
+def one_trace() -> Iterator[None]:
+    """Inside, `sized_cache` keeps what torch.export traced: blocks of one stage share their tables in the program."""
+    token = _of_trace.set({})
+    try:
+        yield
+    finally:
+        _of_trace.reset(token)
+
+
+def _name(size: Any) -> Hashable:
+    """A size or whatever else a table is built from as part of a key; symbolic sizes by their expression."""
+    if isinstance(size, torch.SymInt):
+        return "symbol", size.node.expr
+    return tuple(map(_name, size)) if isinstance(size, tuple | list) else size
+
+
 def sized_cache(build: Callable) -> Callable:
     """Cache `build(*sizes, device=...)` per size.
 
-    Steps aside while tracing (symbolic sizes cannot be hashed, traced tensors must not leak) and builds outside
-    inference mode, because an inference tensor could not be used in training afterwards.
+    While tracing it builds anew, because traced tensors must not leak, or once per trace inside `one_trace`. It builds
+    outside inference mode, because an inference tensor could not be used in training afterwards.
     """
     kept = functools.lru_cache(maxsize=128)(build)
 
     @functools.wraps(build)
     def call(*args, **kwargs):
         if tracing():
-            return build(*args, **kwargs)
+            tables = _of_trace.get() if torch.compiler.is_exporting() else None
+            if tables is None:
+                return build(*args, **kwargs)
+            key = (build, _name(args), _name(sorted(kwargs.items())))
+            if key not in tables:
+                tables[key] = build(*args, **kwargs)
+            return tables[key]
         if kwargs.get("device") is None:  # the default is part of the size's key: it may be meta inside a context
             kwargs["device"] = torch.get_default_device()
         with torch.inference_mode(False), torch.no_grad():

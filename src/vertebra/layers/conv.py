@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .cached import tracing
-from .drop import DropPath
+from .drop import DropPath, plus
 from .frugal import hooked
 from .reparam import fold
 from .space import BatchNorm, Conv
@@ -31,7 +31,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, activation: (B, *S, dim) -> (B, *S', out).
+    """Convolution without bias, batch norm, `shortcut` (B, *S', out) where given, activation: (B, *S, dim) to that.
 
     `act_first` puts the activation before the norm, which then cannot be folded into the convolution.
     `keep` marks a batch norm that the paper's own deployed network leaves in place: `vertebra.fuse` folds it only when
@@ -55,11 +55,24 @@ class ConvNorm(nn.Module):
         """The layer that the activation follows at once, for `vertebra.deploy`."""
         return (("conv", "act"),) if self.act_first or isinstance(self.norm, nn.Identity) else ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def sums(self) -> bool:
+        """Whether the convolution adds a shortcut on its way; see `plus`."""
+        plain = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
+        return plain and getattr(self.conv, "sums", False)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        if self.act_first:
+            x = self.norm(self.act(self.conv(x)))
+            return x if shortcut is None else x + shortcut
         if self._folds(x):
-            return self.act(self.conv.run(x, *self._folded()))
-        x = self.conv(x)
-        return self.norm(self.act(x)) if self.act_first else self.act(self.norm(x))
+            x = self.conv.run(x, *self._folded())
+        elif shortcut is not None and isinstance(self.norm, nn.Identity) and hasattr(self.conv, "sums"):
+            return self.act(self.conv(x, shortcut))  # a packed layer, which may have the activation inside
+        else:
+            x = self.norm(self.conv(x))
+        # in place: neither a convolution nor a norm needs what it gave for the gradient
+        return self.act(x if shortcut is None else x.add_(shortcut))
 
     def _folds(self, x: Tensor) -> bool:
         """Whether it is sooner in inference to scale the weight, which is small, than the map that comes out."""
@@ -101,7 +114,7 @@ class ResidualConv(nn.Module):
         self.conv = Conv(ndim, dim, dim, kernel, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        return plus(self.conv, x, x)
 
 
 class SqueezeExcite(nn.Module):
@@ -133,8 +146,12 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and dim == out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.squeeze(self.depthwise(self.expand(x))))
-        return x + self.drop_path(y) if self.residual else y
+        y = self.squeeze(self.depthwise(self.expand(x)))
+        if not self.residual:
+            return self.project(y)
+        if self.drop_path.training and self.drop_path.rate:
+            return x + self.drop_path(self.project(y))
+        return plus(self.project, y, x)
 
 
 def init_truncated(module: nn.Module, std: float = 0.02) -> None:

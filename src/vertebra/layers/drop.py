@@ -1,4 +1,4 @@
-"""Stochastic depth and layer scale."""
+"""The residual path: stochastic depth, layer scale, and the sum with the shortcut."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma.view(-1)
+
+
+def plus(layer: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """layer(x) + shortcut, by the layer's own kernel where it says that it `sums`, as deployed ones do."""
+    if getattr(layer, "sums", False) and not hooked(layer):
+        return layer(x, shortcut=shortcut)
+    return layer(x) + shortcut
 
 
 def residual(x: Tensor, y: Tensor, scale: nn.Module, drop_path: DropPath) -> Tensor:

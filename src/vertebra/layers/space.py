@@ -332,7 +332,7 @@ def pad_to(x: Tensor, multiple: Sizes) -> Tensor:
 def pad_least(x: Tensor, side: int) -> Tensor:
     """Zeros at the end of each axis of (B, *S, C) that has fewer than `side` cells."""
     least = torch.sym_max if tracing() else max  # a comparison of symbolic sizes would become a guard
-    pads = [least(side - s, 0) for s in x.shape[1:-1]]
+    pads = [least(side, s) - s for s in x.shape[1:-1]]  # not max(side - s, 0): sizes stay positive symbols
     if not tracing() and not any(pads):
         return x
     return F.pad(x, [0, 0, *(v for p in reversed(pads) for v in (0, p))])

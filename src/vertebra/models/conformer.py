@@ -55,14 +55,13 @@ class Bottleneck(nn.Module):
         inner = out // 4
         self.conv1 = ConvNorm(ndim, dim, inner, act=nn.ReLU, eps=EPS)
         self.conv2 = ConvNorm(ndim, inner, inner, 3, stride, act=nn.ReLU, eps=EPS)
-        self.conv3 = ConvNorm(ndim, inner, out, eps=EPS)
+        self.conv3 = ConvNorm(ndim, inner, out, act=nn.ReLU, eps=EPS)
         self.skip = ConvNorm(ndim, dim, out, 1, stride, eps=EPS) if project else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self.conv1(x)
         inner = self.conv2(y if extra is None else y + extra)
-        return self.act(self.conv3(inner).add_(self.skip(x))), inner  # in place: the branch ends in a norm
+        return self.conv3(inner, self.skip(x)), inner
 
 
 class Squeeze(nn.Module):

@@ -29,13 +29,6 @@ class Residual(nn.Module):
     def __init__(self, ndim: int, dim: int, out: int, stride: int):
         super().__init__()
         self.skip = ConvNorm(ndim, dim, out, 1, stride) if stride != 1 or dim != out else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
-
-    def branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.branch(x).add_(self.skip(x)))  # in place: the branch ends in a norm
 
 
 class Basic(Residual):
@@ -48,10 +41,10 @@ class Basic(Residual):
         if dilation != 1 or groups != 1 or width_per_group != 64:
             raise ValueError("basic blocks have no dilation, groups or other widths: use a bottleneck variant")
         self.conv1 = ConvNorm(ndim, dim, planes, 3, stride, act=nn.ReLU)
-        self.conv2 = ConvNorm(ndim, planes, planes, 3)
+        self.conv2 = ConvNorm(ndim, planes, planes, 3, act=nn.ReLU)
 
-    def branch(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x), self.skip(x))
 
 
 class Bottleneck(Residual):
@@ -64,10 +57,10 @@ class Bottleneck(Residual):
         width = int(planes * width_per_group / 64) * groups
         self.conv1 = ConvNorm(ndim, dim, width, act=nn.ReLU)
         self.conv2 = ConvNorm(ndim, width, width, 3, stride, dilation=dilation, groups=groups, act=nn.ReLU)
-        self.conv3 = ConvNorm(ndim, width, 4 * planes)
+        self.conv3 = ConvNorm(ndim, width, 4 * planes, act=nn.ReLU)
 
-    def branch(self, x: Tensor) -> Tensor:
-        return self.conv3(self.conv2(self.conv1(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv2(self.conv1(x)), self.skip(x))
 
 
 class ResNet(Backbone):
