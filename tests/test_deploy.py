@@ -15,6 +15,7 @@ from torch import nn
 
 import vertebra
 from test_contract import NETS, image, make, ranks
+from vertebra.deploy import packing
 from vertebra.deploy.deploying import _prepared, _tensors
 from vertebra.deploy.packing import PackedConv, PackedLinear, activation, pack
 from vertebra.layers import Conv, DynamicPositionBias, Mlp
@@ -26,6 +27,12 @@ ACTS = [
     nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh(),
     nn.Hardswish(), nn.Hardsigmoid(), nn.LeakyReLU(0.2),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def pack_all(monkeypatch):
+    """However small a product is: the nets here are."""
+    monkeypatch.setattr(packing, "_SMALL", 0)
 
 
 def error(y, x) -> float:
@@ -83,6 +90,21 @@ def test_a_changed_weight_is_packed_anew():
         change()
         layer, y = net[0], x.to(net[0].weight.dtype)
         assert error(net(y), F.relu(F.linear(y, layer.weight, layer.bias))) <= 1e-5
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 32), Conv(2, 16, 32, 3), Conv(2, 16, 32)])
+def test_a_small_product_in_float32_is_the_plain_one(layer, monkeypatch):
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    plain, x = copy.deepcopy(layer), torch.randn(1, 4, 5, 16)
+    pack(nn.ModuleList([layer]))
+    products = x.numel() * layer.weight.numel() // 16
+    monkeypatch.setattr(packing, "_SMALL", products + 1)
+    assert torch.equal(layer(x), plain(x)) and not layer._packed
+    assert error(layer(x, shortcut=plain(x)), 2 * plain(x)) == 0
+    layer.bfloat16()(x.bfloat16())
+    assert layer._packed
+    monkeypatch.setattr(packing, "_SMALL", products)
+    assert error(layer.float()(x), plain.bfloat16().float()(x)) <= 1e-5 and layer._packed
 
 
 def test_a_packed_layer_steps_aside():

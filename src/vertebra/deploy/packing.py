@@ -19,6 +19,7 @@ from ..layers.space import Conv, _wrong_in_half, channels_first, channels_last
 Act = tuple[str, list[float], str]  # oneDNN's name of an activation, its numbers, its algorithm
 
 NONE: Act = ("none", [], "")
+_SMALL = 2**23  # multiplications up to which torch's own float32 call, which starts sooner, beats the packed one
 _PACKS = 3  # input shapes that a convolution keeps a packed weight for, such as one sample, a batch, the last batch
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -54,7 +55,7 @@ class _Packed(nn.Module):
 
     The plain weight stays where it was, under its name: the state dict is the same, and a weight that was loaded,
     moved or changed in place is packed anew. Wherever packing does not apply (a gradient is wanted, autocast, another
-    device or dtype, while tracing) the plain layer runs. A call's `shortcut`, of the output's shape, is added before
+    device or dtype, while tracing) or does not pay (a small float32 product) the plain layer runs. A call's `shortcut`, of the output's shape, is added before
     the activation.
     """
 
@@ -69,6 +70,7 @@ class _Packed(nn.Module):
     def _begin(self, act: nn.Module) -> None:
         self.act = act
         self._act: Act = activation(act) or NONE
+        self._work = self._multiplications()
         self._packed: dict[Any, Tensor] = {}
         self._version = -1
 
@@ -76,6 +78,7 @@ class _Packed(nn.Module):
         weight = self.weight
         return not (
             tracing()
+            or (x.dtype == torch.float32 and x.numel() * self._work < _SMALL)
             or x.dtype != weight.dtype
             or x.dtype not in DTYPES
             or x.device.type != "cpu"
@@ -83,6 +86,10 @@ class _Packed(nn.Module):
             or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         )
+
+    def _multiplications(self) -> float:
+        """How many for each number of the input."""
+        raise NotImplementedError
 
     def _weight(self, shape: torch.Size) -> Tensor:
         """The weight packed for inputs of `shape`, or for the first one where others may use the same."""
@@ -130,6 +137,9 @@ def _fits(shortcut: Tensor | None, x: Tensor) -> bool:
 class PackedLinear(_Packed, nn.Linear):
     """A linear layer, a shortcut and the activation after them: (..., in) -> (..., out)."""
 
+    def _multiplications(self) -> float:
+        return self.out_features
+
     def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), math.prod(shape[:-1]))
 
@@ -140,6 +150,11 @@ class PackedLinear(_Packed, nn.Linear):
 
 class PackedConv(_Packed, Conv):
     """A convolution, a shortcut and the activation after them: (B, *S, dim) -> (B, *S', out)."""
+
+    def _multiplications(self) -> float:
+        if self.groups != 1:  # those of torch start no sooner
+            return math.inf
+        return self.weight.numel() / self.weight.shape[1] / math.prod(self.stride)
 
     def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         if self.pointwise:

@@ -27,9 +27,11 @@ def differences(side: int, bins: int, trained: int, device=None) -> tuple[Tensor
     """
     i = torch.arange(bins, device=device)
     twice = i * side // bins + ((i + 1) * side + bins - 1) // bins - 1  # twice the centre
-    alike = type(side) is int and type(bins) is int and side % bins == 0  # symbolic sizes must not be compared
-    step, low = 2 if alike else 1, 1 - side - (bins - 1) * side // bins
-    high = 2 * side - 1 - (side + bins - 1) // bins
+    if type(side) is int and type(bins) is int:
+        step, low = 2 if side % bins == 0 else 1, 1 - side - (bins - 1) * side // bins
+        high = 2 * side - 1 - (side + bins - 1) // bins
+    else:  # symbolic: wider bounds without a division, whose expressions would make tracing slow
+        step, low, high = 1, 1 - 2 * side, 2 * side - 1
     count = (high - low) // step + 1
     delta = (torch.arange(count, device=device) * step + low) / 2 / max(trained - 1, 1) * 8
     index = (2 * torch.arange(side, device=device)[:, None] - twice - low) // step
