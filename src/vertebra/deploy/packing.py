@@ -55,8 +55,8 @@ class _Packed(nn.Module):
 
     The plain weight stays where it was, under its name: the state dict is the same, and a weight that was loaded,
     moved or changed in place is packed anew. Wherever packing does not apply (a gradient is wanted, autocast, another
-    device or dtype, while tracing) or does not pay (a small float32 product) the plain layer runs. A call's `shortcut`, of the output's shape, is added before
-    the activation.
+    device or dtype, while tracing) or does not pay (a small float32 product) the plain layer runs. A call's `shortcut`,
+    of the output's shape, is added before the activation.
     """
 
     @property
