@@ -537,13 +537,21 @@ def test_compiles_without_a_graph_break(net):
 
 # A graph for any size takes several times as long to trace as one for one size: a few kinds of nets, and what there is
 # of training and of dense versions; with -m parity_all every net.
+EVERY = sorted(NETS.keys() - ONE_SIZE)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=[pytest.mark.parity_all])
+
+
 @pytest.mark.parametrize(
-    ("net", "graphs"),
-    [("crossvit", 2), ("deit", 2)]
-    + [pytest.param(net, 3, marks=[pytest.mark.parity_all]) for net in sorted(NETS.keys() - ONE_SIZE)],
+    ("net", "graphs", "dense"),
+    [("crossvit", 2, False), ("deit", 2, False), ("convnext", 2, True)]
+    + [slow(net, 3, False) for net in EVERY]
+    + [slow(net, 3, True) for net in EVERY if net not in NO_DENSE],
 )
-def test_two_recompilations_over_three_sizes_at_most(net, graphs):
-    model = make(net, **SHORT.get(net, {})).eval()
+def test_two_recompilations_over_three_sizes_at_most(net, graphs, dense):
+    model = make(net, **({"features_only": True} if dense else {}), **SHORT.get(net, {})).eval()
     compiled = Compiled(model)
     with torch.no_grad():
         for batch, extra in ((2, 5), (3, 12), (2, 19)):
@@ -552,11 +560,7 @@ def test_two_recompilations_over_three_sizes_at_most(net, graphs):
     assert 2 <= compiled.graphs <= graphs
 
 
-@pytest.mark.parametrize(
-    ("net", "graphs"),
-    [("resnet", 2), ("vit", 2)]
-    + [pytest.param(net, 3, marks=[pytest.mark.parity_all]) for net in sorted(NETS.keys() - ONE_SIZE)],
-)
+@pytest.mark.parametrize(("net", "graphs"), [("resnet", 2), ("vit", 2)] + [slow(net, 3) for net in EVERY])
 def test_two_recompilations_in_training_at_most(net, graphs):
     model = make(net, **SHORT.get(net, {})).train()
     plain = copy.deepcopy(model)
@@ -572,21 +576,6 @@ def test_two_recompilations_in_training_at_most(net, graphs):
     for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         if p.requires_grad:
             assert torch.allclose(p.grad, q[1].grad, rtol=1e-4, atol=1e-5 * q[1].grad.abs().max().item()), name
-    assert 2 <= compiled.graphs <= graphs
-
-
-@pytest.mark.parametrize(
-    ("net", "graphs"),
-    [("convnext", 2)]
-    + [pytest.param(net, 3, marks=[pytest.mark.parity_all]) for net in sorted(NETS.keys() - ONE_SIZE - NO_DENSE)],
-)
-def test_two_recompilations_of_a_dense_version_at_most(net, graphs):
-    model = make(net, features_only=True, **SHORT.get(net, {})).eval()
-    compiled = Compiled(model)
-    with torch.no_grad():
-        for batch, extra in ((2, 5), (3, 12), (2, 19)):
-            x = image(model, batch, extra)
-            assert error(compiled(x), model(x)) <= 1e-5
     assert 2 <= compiled.graphs <= graphs
 
 

@@ -54,6 +54,14 @@ def test_one_file_runs_at_sizes_nobody_traced(name, to, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
 
 
+@pytest.mark.parity_all  # a C++ compiler works on it for half a minute to a minute
+@pytest.mark.parametrize("name", ["resnet18", *NETS])
+def test_machine_code_runs_at_sizes_nobody_traced(name, tmp_path):
+    report = vertebra.export(small(name), tmp_path / "net.pt2", "aoti")
+    assert len(report.errors) == 8 and max(report.errors.values()) <= 1e-5
+    assert vertebra.load_exported(tmp_path / "net.pt2", trusted=True).metadata == report.metadata
+
+
 def test_maps_and_normalisation_are_in_the_file(tmp_path):
     model = small(in_chans=3, features_only=True, out_indices=(1, 3))
     path = tmp_path / "maps.pt2"
