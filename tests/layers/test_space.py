@@ -28,6 +28,7 @@ from vertebra.layers import (
     space_to_depth,
     windows,
 )
+from vertebra.layers.space import _cubic
 
 RANKS = (1, 2, 3)
 SIDES = {1: (13,), 2: (9, 11), 3: (7, 6, 9)}
@@ -303,6 +304,15 @@ def cubic_matrix(side, size):
         for j in range(base - 1, base + 3):
             matrix[i, min(max(j, 0), side - 1)] += kernel(centre - j)
     return matrix
+
+
+@pytest.mark.parametrize(("side", "size"), [(7, 13), (13, 7), (5, 5), (1, 4), (4, 1), (56, 64)])
+def test_cubic_resizing_is_a_matrix_in_exported_programs(side, size, monkeypatch):
+    torch.testing.assert_close(_cubic(side, size, torch.float64), cubic_matrix(side, size), rtol=0, atol=1e-5)
+    x = torch.randn(2, side, 3, 5)
+    want = resize(x, (size, 4), "cubic")
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(resize(x, (size, 4), "cubic"), want, rtol=1e-5, atol=1e-5)
 
 
 def triangle_matrix(side, size):

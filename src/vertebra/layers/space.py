@@ -8,7 +8,7 @@ Rank 1 runs as rank 2 of height one, because only the 2-D kernels have a channel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,8 @@ class Conv(nn.Module):
         if self.pointwise:
             return F.linear(x, weight.flatten(1), bias)
         padding = self.padding
-        if any(self.grown) and x.device.type == "cpu" and not torch.is_grad_enabled():
+        exporting = torch.compiler.is_exporting()  # other runtimes have other kernels
+        if any(self.grown) and x.device.type == "cpu" and not torch.is_grad_enabled() and not exporting:
             # torch 2.15's depthwise kernels of 13 cells, channels last, take 1.7 (bfloat16) to 4 times (float32) as
             # long as those of 15; a rim of zeros changes nothing else, but its gradient is slow: only without one
             weight = F.pad(weight, [n for n in reversed(self.grown) for _ in range(2)])
@@ -273,17 +274,38 @@ def _averaging(side: int, out: int, dtype: torch.dtype, device=None) -> Tensor:
     return ((cell >= start) & (cell < end)).to(dtype) / (end - start)
 
 
-def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
-    """Average to a fixed `size` with torch's bins: (B, *S, C) -> (B, *size, C). One matrix product per axis."""
+@sized_cache
+def _cubic(side: int, out: int, dtype: torch.dtype, device=None) -> Tensor:
+    """The (out, side) matrix of cubic convolution with half-pixel centres, a = -0.75 and edges repeated, as torch's."""
+    a, cell = -0.75, torch.arange(side, device=device)
+    scale = torch.full((1,), side, dtype=torch.float32, device=device) / out
+    place = scale * (torch.arange(out, device=device) + 0.5) - 0.5  # rounded as torch rounds
+    matrix: Tensor | float = 0.0
+    for tap in range(-1, 3):
+        d = (place - place.floor() - tap).abs()
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        index = (place.floor().long() + tap).clamp(0, side - 1)
+        matrix = matrix + torch.where(d <= 1, near, far)[:, None] * (cell == index[:, None])
+    assert isinstance(matrix, Tensor)
+    return matrix.to(dtype)
+
+
+def _along_axes(x: Tensor, size: Sizes, matrix_of: Callable[..., Tensor]) -> Tensor:
+    """(B, *S, C) -> (B, *size, C) by the matrices (out, side) of each axis."""
     for axis, out in enumerate(ntuple(size, x.ndim - 2), start=1):
         side = x.shape[axis]
         if not tracing() and side == out:
             continue
-        matrix = _averaging(side, out, x.dtype, device=x.device)
+        matrix = matrix_of(side, out, x.dtype, device=x.device)
         lead, tail = x.shape[:axis], x.shape[axis + 1 :]
         rows = x.reshape(math.prod(lead), side, math.prod(tail))
         x = torch.matmul(matrix, rows).reshape(*lead, out, *tail)
     return x
+
+
+def adaptive_avg_pool(x: Tensor, size: Sizes) -> Tensor:
+    """Average to a fixed `size` with torch's bins: (B, *S, C) -> (B, *size, C). One matrix product per axis."""
+    return _along_axes(x, size, _averaging)
 
 
 def resize(
@@ -307,6 +329,8 @@ def resize(
         return resize(_rank2(x), (1, *size), mode, antialias, align_corners).squeeze(1)
     if mode == "nearest":
         return channels_last(F.interpolate(channels_first(x), size=size, mode="nearest"))
+    if mode == "cubic" and not antialias and not align_corners and torch.compiler.is_exporting():
+        return _along_axes(x, size, _cubic)  # onnxruntime moves transposes past its own resizing and then refuses it
     if ndim == 2:
         name = {"linear": "bilinear", "cubic": "bicubic"}[mode]
         if antialias and x.dtype in (torch.bfloat16, torch.float16):  # torch's antialiased CPU kernels lack both

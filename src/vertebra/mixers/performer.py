@@ -51,7 +51,8 @@ class PerformerAttention(nn.Module):
         with torch.autocast(device, enabled=False) if casting else nullcontext():
             keys, queries = self.features(k), self.features(q)
             (values,) = split_heads(v.float(), self.heads)
-            total = queries @ keys.sum(-2).unsqueeze(-1) + 1e-8
-            y = queries @ (keys.transpose(-1, -2) @ values) / total
+            # both sides of the quotient times 1e8: the published 1e-8 below it ONNX's optimiser would take for zero
+            total = queries @ (keys.sum(-2).unsqueeze(-1) * 1e8) + 1
+            y = queries @ (keys.transpose(-1, -2) @ values * 1e8) / total
         y = self.drop(self.proj(merge_heads(y).to(v.dtype)))
         return (v + y if self.value_residual else y).reshape(*x.shape[:-1], -1)

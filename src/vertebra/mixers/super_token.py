@@ -89,7 +89,7 @@ class SuperTokenAttention(nn.Module):
         views = around.gather(means).flatten(0, 1)
         shares = (tokens @ (views * tokens.shape[-1] ** -0.5).mT).softmax(-1)
         sums = shares.sum(1, dtype=torch.float32).reshape(*means.shape[:2], shares.shape[-1], 1)
-        return shares, around.scatter(sums) + 1e-12
+        return shares, (around.scatter(sums) * 1e12 + 1) / 1e12  # + 1e-12, which ONNX's optimiser would take for zero
 
     def collect(self, tokens: Tensor, shares: Tensor, mass: Tensor, around: Neighbours) -> Tensor:
         """Super tokens (B, M, C): the means of all tokens, weighted by their shares."""
