@@ -277,17 +277,15 @@ def _averaging(side: int, out: int, dtype: torch.dtype, device=None) -> Tensor:
 @sized_cache
 def _cubic(side: int, out: int, dtype: torch.dtype, device=None) -> Tensor:
     """The (out, side) matrix of cubic convolution with half-pixel centres, a = -0.75 and edges repeated, as torch's."""
-    a, cell = -0.75, torch.arange(side, device=device)
+    a, taps = -0.75, torch.arange(-1, 3, device=device)
     scale = torch.full((1,), side, dtype=torch.float32, device=device) / out
     place = scale * (torch.arange(out, device=device) + 0.5) - 0.5  # rounded as torch rounds
-    matrix: Tensor | float = 0.0
-    for tap in range(-1, 3):
-        d = (place - place.floor() - tap).abs()
-        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        index = (place.floor().long() + tap).clamp(0, side - 1)
-        matrix = matrix + torch.where(d <= 1, near, far)[:, None] * (cell == index[:, None])
-    assert isinstance(matrix, Tensor)
-    return matrix.to(dtype)
+    first = place.floor()
+    d = ((place - first)[:, None] - taps).abs()
+    near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    cells = (first.long()[:, None] + taps).clamp(0, side - 1)
+    hits = cells[:, :, None] == torch.arange(side, device=device)
+    return (torch.where(d <= 1, near, far)[:, :, None] * hits).sum(1).to(dtype)
 
 
 def _along_axes(x: Tensor, size: Sizes, matrix_of: Callable[..., Tensor]) -> Tensor:
