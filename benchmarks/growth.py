@@ -231,7 +231,6 @@ def report(points: list[Point], limit: float, most: float, date: str) -> str:
 
 def plot(points: list[Point], kind: str, path: Path) -> None:
     """Small multiples: time (blue) and memory (orange) against cells, each with its claim as a dashed line."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     found = series(points, kind)
@@ -240,7 +239,7 @@ def plot(points: list[Point], kind: str, path: Path) -> None:
     figure = Figure((1.6 * columns, 1.45 * rows), layout="constrained")
     ndim = 2 if kind == "model" else int(kind[-1])
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
-    for axes, (name, own) in zip(panels, found.items()):
+    for (name, own), axes in zip(found.items(), panels):
         claims = (MODELS[name], "N" if name in FUSED else MODELS[name]) if kind == "model" else (
             MIXERS[name].time, MIXERS[name].memory)  # fmt: skip
         done = [p for p in own if "seconds" in p]
@@ -257,8 +256,7 @@ def plot(points: list[Point], kind: str, path: Path) -> None:
         axes.axis("off")
     figure.suptitle(f"{kind}: time (blue) and memory (orange) over the smallest map's; dashed: claimed", fontsize=8)
     content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "growth", "svg.fonttype": "none"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
+    figure.savefig(content, format="png", dpi=80)
     write_atomic(path, content.getvalue())
 
 
@@ -276,7 +274,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     table, began = args.out / "growth.csv", time.perf_counter()
-    points = read(table)
+    order = {name: i for i, name in enumerate([*MIXERS, *MODELS])}
+    points = sorted(read(table), key=lambda p: (p["kind"], order[str(p["name"])]))
     wanted = [(f"rank {n}", name) for n in args.ranks for name in args.only] + [("model", m) for m in args.models]
     have = {(p["kind"], p["name"]) for p in points} if not args.again else set()
     for kind, name in [] if args.report else [key for key in wanted if key not in have]:
@@ -291,7 +290,7 @@ def main() -> None:
     write_atomic(args.out / f"growth_{date}.md", report(points, args.seconds, args.mib, date).encode())
     for kind in ("rank 1", "rank 2", "rank 3", "model"):
         if series(points, kind):
-            plot(points, kind, args.out / f"growth_{kind.replace(' ', '_')}.svg")
+            plot(points, kind, args.out / f"growth_{kind.replace(' ', '_')}.png")
 
 
 if __name__ == "__main__":
