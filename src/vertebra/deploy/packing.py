@@ -19,7 +19,7 @@ from ..layers.space import Conv, _wrong_in_half, channels_first, channels_last
 Act = tuple[str, list[float], str]  # oneDNN's name of an activation, its numbers, its algorithm
 
 NONE: Act = ("none", [], "")
-_SMALL = 2**23  # multiplications up to which torch's own float32 call, which starts sooner, beats the packed one
+_SMALL = 2**24  # multiplications up to which torch's own float32 call, which starts sooner, beats the packed one
 _PACKS = 3  # input shapes that a convolution keeps a packed weight for, such as one sample, a batch, the last batch
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -75,11 +75,11 @@ class _Packed(nn.Module):
         self._version = -1
 
     def _ready(self, x: Tensor) -> bool:
+        if tracing() or (x.dtype == torch.float32 and x.numel() * self._work < _SMALL):
+            return False
         weight = self.weight
         return not (
-            tracing()
-            or (x.dtype == torch.float32 and x.numel() * self._work < _SMALL)
-            or x.dtype != weight.dtype
+            x.dtype != weight.dtype
             or x.dtype not in DTYPES
             or x.device.type != "cpu"
             or x.numel() == 0
@@ -119,7 +119,8 @@ class _Packed(nn.Module):
     def _plainly(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """The same by the plain layer, where the kernels do not apply."""
         y = super().forward(x)  # type: ignore[misc]
-        return self.act(y if shortcut is None else y + shortcut)
+        y = y if shortcut is None else y + shortcut
+        return y if self._act == NONE else self.act(y)
 
     def _product(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """The layer over the last axis of `x`."""
