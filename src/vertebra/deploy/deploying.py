@@ -34,7 +34,7 @@ class DeployReport:
 
     precision: str
     compiled: bool
-    packed: int  # linear layers and convolutions whose weights oneDNN has laid out
+    packed: int  # linear layers and convolutions that oneDNN's kernels may run, where an input is large enough
     sizes: tuple[tuple[int, ...], ...]
     samples: int
     error: float
@@ -59,10 +59,11 @@ def deploy(
     """A copy of `model` for inference: the same outputs, sooner; what was measured is its ``deploy_report``.
 
     Batch norms are folded and branches merged (`fuse` with published=False), weights are frozen, on the CPU laid out
-    once for oneDNN with the activations inside its kernels, and position biases and masks are kept per input size. In
-    bfloat16 weights and activations are, and inputs of another floating type are cast; the maps and logits that come
-    out are bfloat16. The copy keeps the model's whole contract, features and state dict of the fused structure
-    included, and can be saved (`save_deployed`). Plain and packed weights are both held in memory.
+    once for oneDNN with shortcuts and activations inside its kernels (small float32 products stay torch's own), and
+    position biases and masks are kept per input size. In bfloat16 weights and activations are, and inputs of another
+    floating type are cast; the maps and logits that come out are bfloat16. The copy keeps the model's whole contract,
+    features and state dict of the fused structure included, and can be saved (`save_deployed`). Plain and packed
+    weights are both held in memory.
 
     Args:
         compile: also run through torch.compile in one graph (compiled at the first call, for minutes on a CPU).

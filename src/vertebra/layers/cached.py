@@ -39,8 +39,8 @@ def _name(size: Any) -> Hashable:
 def sized_cache(build: Callable) -> Callable:
     """Cache `build(*sizes, device=...)` per size.
 
-    While tracing it builds anew, because traced tensors must not leak, or once per trace inside `one_trace`. It builds
-    outside inference mode, because an inference tensor could not be used in training afterwards.
+    While tracing it builds anew, because traced tensors must not outlive their trace, or once inside `one_trace`. It
+    builds outside inference mode, because an inference tensor could not be used in training afterwards.
     """
     kept = functools.lru_cache(maxsize=128)(build)
 

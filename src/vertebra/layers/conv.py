@@ -31,8 +31,9 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, `shortcut` (B, *S', out) where given, activation: (B, *S, dim) to that.
+    """Convolution without bias, batch norm, activation: (B, *S, dim) -> (B, *S', out).
 
+    forward's `shortcut` (B, *S', out) is added in front of the activation, with `act_first` at the end.
     `act_first` puts the activation before the norm, which then cannot be folded into the convolution.
     `keep` marks a batch norm that the paper's own deployed network leaves in place: `vertebra.fuse` folds it only when
     asked for more than the published structure.
