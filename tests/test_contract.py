@@ -590,3 +590,17 @@ def test_published_parameter_counts(name):
     digits = len(str(published).partition(".")[2])
     unit = 10.0 ** -(digits if "." in str(published) else 0)
     assert abs(measured - published) <= unit, f"{measured:.4f} M measured, {published} M published"
+
+
+# MSG-Transformer writes messengers into windows, which a concatenation would copy too; RepNeXt pads its kernels
+@pytest.mark.parametrize("net", sorted(set(EVERY) - {"msg_transformer", "repnext"}))
+def test_nothing_is_written_into_views_in_training(net):
+    """Autograd would copy the whole gradient of such a map."""
+    model = make(net, **SHORT.get(net, {})).train()
+    waiting, seen = [flat(model(image(model))).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    assert not [node for node in seen if "CopySlices" in node.name()]

@@ -15,12 +15,11 @@ from torch import nn
 
 import vertebra
 from test_contract import NETS, image, make, ranks
-from vertebra.deploy import packing
 from vertebra.deploy.deploying import _prepared, _tensors
-from vertebra.deploy.packing import PackedConv, PackedLinear, activation, pack
-from vertebra.layers import Conv, DynamicPositionBias, Mlp
+from vertebra.deploy.packing import PackedConv, PackedLinear, pack
+from vertebra.layers import Conv, DynamicPositionBias, kernels
 from vertebra.layers.conv import ConvNorm
-from vertebra.layers.drop import plus
+from vertebra.layers.kernels import activation, plus
 
 ROUTED = {"biformer", "biformer_nchw"}  # a last bit of bfloat16 sends a cell elsewhere
 ACTS = [
@@ -32,7 +31,7 @@ ACTS = [
 @pytest.fixture(autouse=True)
 def pack_all(monkeypatch):
     """However small a product is: the nets here are."""
-    monkeypatch.setattr(packing, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "SMALL", 0)
 
 
 def error(y, x) -> float:
@@ -50,6 +49,7 @@ def test_a_packed_layer_is_the_layer(layer, act):
         "conv3": (lambda: Conv(3, 24, 32, 3), (1, 4, 5, 6, 24)),
         "depthwise": (lambda: Conv(2, 24, 24, 5, groups=24, dilation=2), (2, 9, 8, 24)),
         "pointwise": (lambda: Conv(2, 24, 32), (2, 9, 8, 24)),
+        "patches": (lambda: Conv(2, 3, 720, 22, 22, 0), (2, 45, 44, 3)),
         "sampled": (lambda: Conv(2, 24, 32, stride=2), (2, 9, 8, 24)),
     }[layer]
     plain, x = build[0](), torch.randn(build[1])
@@ -69,9 +69,10 @@ def test_a_packed_layer_is_the_layer(layer, act):
     shortcut = torch.randn_like(want)
     summed = act(plain(x) + shortcut)
     after = packed[1]  # the activation, where oneDNN has none of this kind
-    assert error(after(packed[0](x, shortcut)), summed) <= 1e-5
-    assert error(after(packed[0](x, shortcut.mT.contiguous().mT)), summed) <= 1e-5  # as it lies in memory
-    assert error(after(half[0](x.bfloat16(), shortcut.bfloat16())), summed) <= 0.02
+    assert error(after(packed[0](x, shortcut=shortcut)), summed) <= 1e-5
+    assert error(after(packed[0](x, shortcut=shortcut.mT.contiguous().mT)), summed) <= 1e-5  # as it lies in memory
+    assert error(after(half[0](x.bfloat16(), shortcut=shortcut.bfloat16())), summed) <= 0.02
+    assert error(packed[0](x, act, shortcut), summed) <= 1e-5
 
 
 def test_a_changed_weight_is_packed_anew():
@@ -98,12 +99,12 @@ def test_a_small_product_in_float32_is_the_plain_one(layer, monkeypatch):
     plain, x = copy.deepcopy(layer), torch.randn(1, 4, 5, 16)
     pack(nn.ModuleList([layer]))
     products = x.numel() * layer.weight.numel() // 16
-    monkeypatch.setattr(packing, "_SMALL", products + 1)
+    monkeypatch.setattr(kernels, "SMALL", products + 1)
     assert torch.equal(layer(x), plain(x)) and not layer._packed
     assert error(layer(x, shortcut=plain(x)), 2 * plain(x)) == 0
     layer.bfloat16()(x.bfloat16())
     assert layer._packed
-    monkeypatch.setattr(packing, "_SMALL", products)
+    monkeypatch.setattr(kernels, "SMALL", products)
     assert error(layer.float()(x), plain.bfloat16().float()(x)) <= 1e-5 and layer._packed
 
 
@@ -123,21 +124,6 @@ def test_a_packed_layer_steps_aside():
     assert packed(torch.zeros(0, 8)).shape == (0, 8)
 
 
-def test_activations_are_taken_in_where_they_follow_at_once():
-    conv = ConvNorm(2, 8, 8, 3, act=nn.ReLU).eval()
-    pack(conv)
-    assert isinstance(conv.act, nn.ReLU)  # a batch norm lies between
-    first = Mlp(8, 16, middle=nn.LayerNorm(16))
-    pack(first)
-    assert isinstance(first.act, nn.GELU)
-    for mlp in (Mlp(8, 16), Mlp(8, 16, middle=nn.LayerNorm(16), act_first=True)):
-        pack(mlp)
-        assert isinstance(mlp.act, nn.Identity) and isinstance(mlp.fc1.act, nn.GELU)
-    folded = vertebra.fuse(make("mobilenet_v2").eval(), published=False)
-    pack(folded)
-    assert not any(isinstance(m.act, nn.ReLU6) for m in folded.modules() if isinstance(m, ConvNorm))
-
-
 @pytest.mark.parametrize("act", [None, nn.ReLU, nn.ReLU6])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_shortcut_is_added_before_the_activation(kernel, act):
@@ -151,7 +137,7 @@ def test_a_shortcut_is_added_before_the_activation(kernel, act):
     folded = conv.fuse(published=False)
     assert error(folded(x, shortcut), want) <= 1e-5
     pack(folded)
-    assert folded.sums == (act is None)
+    assert folded.sums == conv.sums == (act is None)
     assert error(folded(x, shortcut), want) <= 1e-5
     assert error(plus(folded, x, shortcut), folded(x) + shortcut) <= 1e-6
     seen = []

@@ -116,6 +116,17 @@ def test_a_static_file_has_one_shape(tmp_path):
     assert report.dynamic == () and list(report.errors) == ["1x2x40x33"]
 
 
+def test_a_file_of_one_size_takes_any_batch(tmp_path):
+    path = tmp_path / "net.pt2"
+    report = vertebra.export(small(), path, dynamic="batch", sides=(40, 33))
+    assert report.dynamic == ("batch",) and list(report.errors) == ["1x2x40x33", "3x2x40x33"]
+    assert report.metadata["sizes"] == [40, 33] and report.metadata["batch"] == "any"
+    with pytest.raises(AssertionError, match="Guard failed"):
+        vertebra.load_exported(path, trusted=True)(torch.randn(1, 2, 40, 40))
+    with pytest.raises(ValueError, match="dynamic is True, \"batch\" or False, got 'all'"):
+        vertebra.export(small(), path, dynamic="all")
+
+
 def test_weights_as_long_as_the_input_keep_it_and_say_why(tmp_path):
     options = dict(dim=4, patches=((6, 4),), top=1, hidden=8, img_size=24)
     model = small("pathformer_etth1_96", **options)

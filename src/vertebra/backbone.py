@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .layers.kernels import Linear
 from .layers.space import BatchNorm, channels_first
 
 Rules = Sequence[tuple[str, str | Callable]]
@@ -86,7 +87,7 @@ class Backbone(nn.Module):
     Class attributes: `tokens` True where ``forward_features`` gives (B, N, C); `heads` the names of the linear heads;
     `prediction` the output that model(x) returns; `OFFICIAL` the rules our names -> official names; `CONSTANT` patterns
     of official buffers that hold no weights; `ndims` the ranks that the idea exists in; `EXPORT` why an exported
-    program keeps one input size ("" where it takes any).
+    program keeps one input size ("" where it takes any); `any_layout` that ``embed`` reads any memory order.
     """
 
     tokens: ClassVar[bool] = False
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
     OFFICIAL: ClassVar[Rules] = ()
     CONSTANT: ClassVar[Sequence[str]] = ()
     EXPORT: ClassVar[str] = ""
+    any_layout: ClassVar[bool] = False
 
     stages: nn.ModuleList
     feature_info: list[dict[str, Any]]
@@ -157,7 +159,7 @@ class Backbone(nn.Module):
     def init_weights(self) -> None:
         """Linear layers truncated normal 0.02 with zero bias, the field's default for transformers."""
         for module in self.modules():
-            if type(module) is nn.Linear:
+            if type(module) in (nn.Linear, Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -243,7 +245,8 @@ class Backbone(nn.Module):
         self._check(x)
         if self.computes is not None:
             x = x.to(self.computes)
-        return self.embed(x.movedim(1, -1).contiguous(), **context)
+        x = x.movedim(1, -1)
+        return self.embed(x if self.any_layout else x.contiguous(), **context)
 
     def _features(self, x: Tensor, **context: Any) -> Any:
         if self.features_only:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -342,11 +342,14 @@ def export(
     name: Annotated[str, typer.Argument(help="Name of a variant, as in vertebra list.")],
     to: Annotated[str, typer.Option(help="torch-export, onnx or aoti.")] = "torch-export",
     out: Annotated[Path | None, typer.Option(help="The file [default: NAME.pt2 or NAME.onnx].")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side the model is built for, and the one of --static.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Side the model is built for, and the one of a file of one size.")
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: a file or URL.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="The published weights.")] = False,
     features: Annotated[bool, typer.Option("--features", help="The dense version: a list of maps.")] = False,
     static: Annotated[bool, typer.Option("--static", help="Batch 1 and one size.")] = False,
+    fixed_size: Annotated[bool, typer.Option("--fixed-size", help="Any batch, one size; sooner for aoti.")] = False,
     verify: Annotated[bool, typer.Option(help="Run the file at several sizes and compare with the model.")] = True,
 ) -> None:
     """Write a network as a file that runs without its source code, at any batch and size."""
@@ -356,12 +359,13 @@ def export(
 
         if to not in FORMATS:
             _fail(f"unknown format {to!r}; there are: {', '.join(FORMATS)}")
+        dynamic: bool | Literal["batch"] = "batch" if fixed_size and not static else not static
         model = vertebra.create_model(
             name, img_size=img_size, pretrained=pretrained, checkpoint=checkpoint, features_only=features
         ).eval()
         path = out or Path(Path(name).stem + FORMATS[to])
         try:
-            made = vertebra.export(model, path, to, sides=img_size, dynamic=not static, verify=verify)
+            made = vertebra.export(model, path, to, sides=img_size, dynamic=dynamic, verify=verify)
         except ExportError as error:
             _fail(str(error), 1)
     free = ", ".join(made.dynamic) or "nothing"

@@ -28,7 +28,7 @@ from vertebra.layers import (
     space_to_depth,
     windows,
 )
-from vertebra.layers.space import _cubic
+from vertebra.layers.space import _cubic, channels_first, channels_last
 
 RANKS = (1, 2, 3)
 SIDES = {1: (13,), 2: (9, 11), 3: (7, 6, 9)}
@@ -570,3 +570,52 @@ def test_a_kernel_of_13_has_a_rim_of_zeros_without_a_gradient(ndim, stride, monk
         torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
     assert list(dict.fromkeys(seen)) == [15, 13]  # rank 1 passes twice, as rank 2 of height one
+
+
+def _worst(y, x) -> float:
+    return ((y.float() - x).abs().max() / x.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ndim", "kernel", "dim", "out", "sides"),
+    [
+        (1, 512, 1, 520, (1030,)),
+        (2, 32, 3, 400, (67, 96)),
+        (2, 2, 300, 1000, (6, 5)),
+        (3, (8, 16, 16), 1, 600, (8, 33, 16)),
+    ],
+)
+def test_patches_that_do_not_overlap_are_a_product(ndim, kernel, dim, out, sides, dtype, monkeypatch):
+    torch.manual_seed(0)
+    conv, x = Conv(ndim, dim, out, kernel, kernel, 0), torch.randn(2, *sides, dim).requires_grad_()
+    assert conv.patches and conv.weight.numel() > 2**18
+    want = channels_last(CONV[ndim](channels_first(x), conv.weight, conv.bias, conv.stride))
+    slope = torch.randn_like(want)
+    grads = torch.autograd.grad(want, (x, *conv.parameters()), slope)
+    monkeypatch.setattr(space, "conv", lambda *a, **k: pytest.fail("a convolution ran"))
+    conv, y = conv.to(dtype), x.detach().to(dtype).requires_grad_()
+    got = conv(y)
+    limit = 1e-5 if dtype == torch.float32 else 0.01
+    assert got.shape == want.shape and _worst(got, want) <= limit
+    for a, b in zip(torch.autograd.grad(got, (y, *conv.parameters()), slope.to(dtype)), grads):
+        assert a.shape == b.shape and _worst(a, b) <= limit
+
+
+def test_which_patches_stay_convolutions(monkeypatch):
+    calls = []
+    monkeypatch.setattr(space, "conv", lambda *a, run=space.conv: calls.append(1) or run(*a))
+    x = torch.randn(1, 32, 32, 3)
+    for conv, count in (
+        (Conv(2, 3, 8, 16, 16, 0), (0, 1)),  # a product in training, not in inference, where its weight is small
+        (Conv(2, 3, 1400, 16, 16, 0), (0, 0)),
+        (Conv(2, 3, 8, 4, 4, 0), (1, 1)),
+        (Conv(2, 3, 8, 16, 8, 0), (1, 1)),
+        (Conv(2, 3, 8, 16, 16, 1), (1, 1)),
+        (Conv(2, 3, 9, 16, 16, 0, groups=3), (1, 1)),
+    ):
+        for grad, wanted in zip((True, False), count):
+            calls.clear()
+            with torch.set_grad_enabled(grad):
+                conv(x)
+            assert len(calls) == wanted, (conv, grad)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..layers import ntuple
+from ..layers import kernels, ntuple
 from .fusing import fuse
 from .inputs import usual_sides
 from .packing import pack
@@ -100,7 +100,7 @@ def _prepared(model: Backbone, precision: str) -> tuple[Backbone, int]:
     with torch.inference_mode(False):  # in inference mode a weight would not count its changes
         ready = fuse(model, published=False).requires_grad_(False)
         ready.to(dtype)
-    packed = pack(ready) if _on_cpu(ready) and torch.backends.mkldnn.is_available() else 0
+    packed = pack(ready) if _on_cpu(ready) and kernels.present(dtype) else 0
     for module in ready.modules():
         module.__dict__["kept"] = {}  # see layers.cached.settled
     for part in ready.modules():

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -361,7 +361,7 @@ def export(
     to: str = "torch-export",
     *,
     sides: int | Sequence[int] | None = None,
-    dynamic: bool = True,
+    dynamic: bool | Literal["batch"] = True,
     fuse: bool = True,
     features: bool = False,
     verify: bool = True,
@@ -374,8 +374,8 @@ def export(
             code made by a C++ compiler for this machine's processor, for `torch._inductor.aoti_load_package`). The
             files of the first and the last end in .pt2.
         sides: the size to verify first, and the only one of a static file (default: the model's own).
-        dynamic: free batch and sizes, from `model.min_size` up; False fixes batch 1 and `sides`. A model whose
-            `EXPORT` gives a reason keeps its size either way.
+        dynamic: free batch and sizes, from `model.min_size` up; "batch" fixes `sides`, False batch 1 too. A model whose
+            `EXPORT` gives a reason keeps its size either way. "aoti" takes minutes for free sizes of most networks.
         fuse: export the fused network (`vertebra.fuse` with published=False); same outputs.
         features: export the list of feature maps: `forward` of a features_only model, else `forward_intermediates`.
         verify: run the file at the default, an odd and the smallest size, batches 1 and 3, and compare with the model:
@@ -397,7 +397,9 @@ def export(
     usual = usual_sides(backbone) if sides is None else ntuple(sides, backbone.ndim, "sides")
     if min(usual) < model.min_size:
         raise ValueError(f"sides {usual} are too small: every side needs at least {model.min_size}")
-    free = dynamic and not backbone.EXPORT
+    if dynamic not in (True, "batch", False):
+        raise ValueError(f'dynamic is True, "batch" or False, got {dynamic!r}')
+    free = dynamic is True and not backbone.EXPORT
     axes = [0, *(range(2, 2 + backbone.ndim) if free else ())] if dynamic else []
 
     start = time.perf_counter()
@@ -422,7 +424,7 @@ def export(
         seconds = time.perf_counter() - start
         size = temporary.stat().st_size
         if verify:
-            errors = _verify(load_exported(temporary, True), flat, _shapes(model, usual, free, dynamic), example)
+            errors = _verify(load_exported(temporary, True), flat, _shapes(model, usual, free, bool(dynamic)), example)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

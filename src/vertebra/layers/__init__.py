@@ -24,6 +24,7 @@ from .conv import (
 from .deform import DeformConv, deform_conv
 from .drop import DropPath, LayerScale, drop_path_rates
 from .embed import ConvStem, CrossScale, DeepStem, PatchEmbed, PatchMerging
+from .kernels import Linear
 from .mlp import ConvGlu, Mlp
 from .position import DynamicPositionBias, Positions, RelativePositionBias, built_grid, relative_index, sincos
 from .reparam import Branches
@@ -71,6 +72,7 @@ __all__ = [
     "GroupNorm",
     "InvertedResidual",
     "LayerScale",
+    "Linear",
     "Mlp",
     "NextBlock",
     "OneGroup",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import frugal
 from .cached import tracing
+from .kernels import Linear
 
 _recorder: list[Tensor] | None = None
 
@@ -83,8 +84,8 @@ class Attention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = split_heads(self.qkv(x), self.heads, 3)
@@ -98,8 +99,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
-        self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q, self.kv = Linear(dim, dim, bias=qkv_bias), Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         (q,) = split_heads(self.q(x), self.heads)

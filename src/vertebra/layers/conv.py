@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .cached import tracing
-from .drop import DropPath, plus
-from .frugal import hooked
+from .drop import DropPath
+from .kernels import after, hooked, plus, then
 from .reparam import fold
 from .space import BatchNorm, Conv
 
@@ -46,34 +46,27 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = Conv(ndim, dim, out, kernel, stride, padding, dilation, groups, bias)
         self.norm = BatchNorm(out, eps=eps)
-        # a batch norm does not need its output for the gradient, so the activation may overwrite it
-        inplace = act in (nn.ReLU, nn.ReLU6) and not act_first
-        self.act = nn.Identity() if act is None else act(inplace=True) if inplace else act()
+        self.act = nn.Identity() if act is None else act()
         self.keep, self.act_first = keep, act_first
 
     @property
-    def activated(self) -> tuple[tuple[str, str], ...]:
-        """The layer that the activation follows at once, for `vertebra.deploy`."""
-        return (("conv", "act"),) if self.act_first or isinstance(self.norm, nn.Identity) else ()
-
-    @property
     def sums(self) -> bool:
-        """Whether the convolution adds a shortcut on its way; see `plus`."""
-        plain = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
-        return plain and getattr(self.conv, "sums", False)
+        """Whether a shortcut may be added on the way; see `plus`."""
+        return isinstance(self.act, nn.Identity) and not hooked(self.conv, self.norm)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         if self.act_first:
-            x = self.norm(self.act(self.conv(x)))
+            x = self.norm(then(self.conv, self.act, x))
             return x if shortcut is None else x + shortcut
         if self._folds(x):
-            x = self.conv.run(x, *self._folded())
-        elif shortcut is not None and isinstance(self.norm, nn.Identity) and hasattr(self.conv, "sums"):
-            return self.act(self.conv(x, shortcut))  # a packed layer, which may have the activation inside
-        else:
-            x = self.norm(self.conv(x))
-        # in place: neither a convolution nor a norm needs what it gave for the gradient
-        return self.act(x if shortcut is None else x.add_(shortcut))
+            return self.conv.run(x, *self._folded(), self.act, shortcut)
+        if (
+            isinstance(self.norm, nn.Identity)
+            and getattr(self.conv, "takes_act", False)
+            and not hooked(self.conv, self.act)
+        ):
+            return self.conv(x, self.act, shortcut)
+        return after(self.norm(self.conv(x)), self.act, shortcut)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether it is sooner in inference to scale the weight, which is small, than the map that comes out."""
@@ -85,7 +78,7 @@ class ConvNorm(nn.Module):
             and not self.act_first
             and not torch.is_grad_enabled()
             and not tracing()
-            and not hooked(conv, norm)
+            and not hooked(conv, norm, self.act)
             and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
             and _FOLD * conv.weight[0].numel() * math.prod(conv.stride) * conv.weight.shape[1] * conv.groups < x.numel()
         )
@@ -121,8 +114,6 @@ class ResidualConv(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channel gate from the global mean (arXiv 1709.01507, Fig. 2): (B, *S, C) -> (B, *S, C)."""
 
-    activated = (("down", "act"), ("up", "gate"))  # layers that an activation follows at once, for `vertebra.deploy`
-
     def __init__(self, ndim: int, dim: int, hidden: int, act=nn.ReLU, gate=nn.Sigmoid):
         super().__init__()
         self.down, self.act = Conv(ndim, dim, hidden), act()
@@ -130,7 +121,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(tuple(range(1, x.ndim - 1)), keepdim=True)
-        return x * self.gate(self.up(self.act(self.down(mean))))
+        return x * then(self.up, self.gate, then(self.down, self.act, mean))
 
 
 class InvertedResidual(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .frugal import hooked
+from .kernels import hooked
 
 
 class DropPath(nn.Module):
@@ -49,13 +49,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma.view(-1)
-
-
-def plus(layer: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
-    """layer(x) + shortcut, by the layer's own kernel where it says that it `sums`, as deployed ones do."""
-    if getattr(layer, "sums", False) and not hooked(layer):
-        return layer(x, shortcut=shortcut)
-    return layer(x) + shortcut
 
 
 def residual(x: Tensor, y: Tensor, scale: nn.Module, drop_path: DropPath) -> Tensor:

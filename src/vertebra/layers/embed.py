@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .conv import ConvNorm
+from .kernels import Linear
 from .space import Conv, OneGroup, pad_to, space_to_depth
 
 
@@ -103,7 +104,7 @@ class PatchMerging(nn.Module):
     def __init__(self, ndim: int, dim: int, out: int):
         super().__init__()
         self.norm = nn.LayerNorm(2**ndim * dim)
-        self.reduction = nn.Linear(2**ndim * dim, out, bias=False)
+        self.reduction = Linear(2**ndim * dim, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # order of the cells: the first axis varies fastest, as published weights expect

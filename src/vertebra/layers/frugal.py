@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from . import kernels
 from .cached import tracing
+from .kernels import Linear, hooked
 from .space import Conv
 
 _aten = torch.ops.aten
@@ -42,11 +44,6 @@ def wanted(*tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
     )
-
-
-def hooked(*modules: nn.Module) -> bool:
-    """Whether somebody watches one of `modules`: then it has to be called, not its weights used."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -83,7 +80,7 @@ class _ActLinear(Function):
         ctx.act = act
         ctx.save_for_backward(x, weight, bias, gamma)
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(_ACTS[type(act)][0](act, x).to(weight.dtype), weight, bias)
+            y = kernels.linear(_ACTS[type(act)][0](act, x).to(weight.dtype), weight, bias)
             return y if gamma is None else y.mul_(gamma)
 
     @staticmethod
@@ -128,7 +125,7 @@ def act_linear(x: Tensor, act: nn.Module, layer: nn.Module, gamma: Tensor | None
 
 def linear_like(layer: nn.Module) -> bool:
     """Whether `layer` is no more than a product with its weight over the last axis."""
-    return type(layer) is nn.Linear or (type(layer) is Conv and layer.pointwise and not layer.sampled)
+    return type(layer) in (nn.Linear, Linear) or (type(layer) is Conv and layer.pointwise and not layer.sampled)
 
 
 def saves(act: nn.Module, layer: nn.Module) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import frugal
 from .cached import tracing
+from .kernels import Linear, linear, then
 from .space import Conv
 
 _LARGE, _PART, _ROWS = 2**25, 2**22, 1024  # bytes of a hidden map taken in parts, bytes and least rows of a part
@@ -25,18 +25,13 @@ class Mlp(nn.Module):
 
     def __init__(
         self, dim: int, hidden: int, out: int | None = None, act=nn.GELU, middle: nn.Module | None = None,
-        linear: Callable[..., nn.Module] = nn.Linear, bias: bool = True, act_first: bool = False,
+        linear: Callable[..., nn.Module] = Linear, bias: bool = True, act_first: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.fc1 = linear(dim, hidden, bias=bias)
         self.middle = middle
         self.act, self.act_first = act(), act_first
         self.fc2 = linear(hidden, out or dim, bias=bias)
-
-    @property
-    def activated(self) -> tuple[tuple[str, str], ...]:
-        """The layer that the activation follows at once, for `vertebra.deploy`."""
-        return (("fc1", "act"),) if self.act_first or self.middle is None else (("middle", "act"),)
 
     def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
         rows = self._rows(x)
@@ -59,14 +54,18 @@ class Mlp(nn.Module):
         return max(_ROWS, _PART // width) if x.numel() // x.shape[-1] * width > _LARGE else 0
 
     def _through(self, x: Tensor, gamma: Tensor | None) -> Tensor:
-        x = self.fc1(x)
         if self.act_first:
-            x = self.act(x)
-        if self.middle is not None:
-            x = self.middle(x)
-        if not self.act_first and frugal.wanted(x) and frugal.saves(self.act, self.fc2):
-            return frugal.act_linear(x, self.act, self.fc2, gamma)
-        x = self.fc2(x if self.act_first else self.act(x))
+            x = then(self.fc1, self.act, x)
+            x = self.fc2(x if self.middle is None else self.middle(x))
+        else:
+            last, x = (self.fc1, x) if self.middle is None else (self.middle, self.fc1(x))
+            if torch.is_grad_enabled():
+                x = last(x)
+                if frugal.wanted(x) and frugal.saves(self.act, self.fc2):
+                    return frugal.act_linear(x, self.act, self.fc2, gamma)
+                x = self.fc2(self.act(x))
+            else:
+                x = self.fc2(then(last, self.act, x))
         return x if gamma is None else x * gamma
 
 
@@ -79,11 +78,11 @@ class ConvGlu(nn.Module):
 
     def __init__(self, ndim: int, dim: int, hidden: int, out: int | None = None, kernel: int = 3, act=nn.GELU):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, out or dim)
+        self.fc1, self.fc2 = Linear(dim, 2 * hidden), Linear(hidden, out or dim)
         self.conv, self.act = Conv(ndim, hidden, hidden, kernel, groups=hidden), act()
 
     def forward(self, x: Tensor) -> Tensor:
         # two products, not two halves of one: the convolution would copy its half
         (gate, value), (gate_bias, value_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        gates = self.act(self.conv(F.linear(x, gate, gate_bias)))
-        return self.fc2(gates * F.linear(x, value, value_bias))
+        gates = then(self.conv, self.act, linear(x, gate, gate_bias))
+        return self.fc2(gates * linear(x, value, value_bias))

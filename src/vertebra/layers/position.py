@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .cached import settled, sized_cache, tracing
+from .kernels import Linear
 from .space import ntuple, resize
 
 
@@ -76,9 +77,9 @@ class DynamicPositionBias(nn.Module):
         width = dim // 16
         if width < 1:
             raise ValueError(f"a dynamic position bias needs at least 16 channels, got {dim}")
-        self.pos_proj = nn.Linear(ndim, width)
+        self.pos_proj = Linear(ndim, width)
         for i, out in enumerate((width, width, heads), start=1):
-            self.add_module(f"pos{i}", nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out)))
+            self.add_module(f"pos{i}", nn.Sequential(nn.LayerNorm(width), nn.ReLU(), Linear(width, out)))
 
     @settled
     def forward(self, size: tuple[int, ...]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .kernels import after
 from .space import BatchNorm, Conv
 
 
@@ -69,8 +70,7 @@ class Branches(nn.Module):
         y = None if self.identity is None else self.identity(x)
         for name in self.names:
             branch = getattr(self, name)
-            z = branch.norm(branch.conv(x))
-            y = z if y is None else y.add_(z)  # in place: norms do not need their outputs for the gradient
+            y = after(branch.norm(branch.conv(x)), None, y)
         return y
 
     def fuse(self, published: bool = True) -> Conv:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .cached import sized_cache, tracing
 
 Sizes = int | Sequence[int]
@@ -50,11 +51,18 @@ def _rank2(x: Tensor) -> Tensor:
     return x.unsqueeze(1)
 
 
-def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1) -> Tensor:
-    """Convolution of (B, *S, C) with `weight` (out, C / groups, *K); `stride`, `padding`, `dilation` one per axis."""
+def conv(
+    x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1,
+    act: nn.Module | None = None, shortcut: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Convolution of (B, *S, C) with `weight` (out, C / groups, *K); `stride`, `padding`, `dilation` one per axis.
+
+    `shortcut`, of the output's shape, is added and `act` applied to the sum.
+    """
     if weight.ndim == 3:
-        y = conv(_rank2(x), weight.unsqueeze(2), bias, (1, *stride), (0, *padding), (1, *dilation), groups)
-        return y.squeeze(1)
+        line, shortcut = _rank2(x), None if shortcut is None else _rank2(shortcut)
+        geometry = (1, *stride), (0, *padding), (1, *dilation), groups
+        return conv(line, weight.unsqueeze(2), bias, *geometry, act, shortcut).squeeze(1)
     if weight.ndim == 5 and groups > 1 and stride[0] > 1 and weight.shape[2] > 3 and padding[0] > 0:
         # torch 2.15's CPU weight gradient of a strided depthwise 7x7x7, channels last, on maps 5 to 7 deep, writes
         # outside of its memory when it pads the first axis itself
@@ -62,9 +70,20 @@ def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=
     if _half(x) and not tracing() and _wrong_in_half(x.shape[1:-1], weight, stride, padding, dilation, groups):
         with torch.autocast("cpu", enabled=False):
             wide = None if bias is None else bias.float()
-            return conv(x.float(), weight.float(), wide, stride, padding, dilation, groups).bfloat16()
-    y = _CONV[weight.ndim - 2](channels_first(x), weight, bias, stride, padding, dilation, groups)
-    return channels_last(y)
+            y = conv(x.float(), weight.float(), wide, stride, padding, dilation, groups).bfloat16()
+    elif (act is not None or shortcut is not None) and _in_one_pass(x, weight, stride, groups, shortcut):
+        rest = None if shortcut is None else channels_first(shortcut)
+        y = kernels.convolution(channels_first(x), weight, bias, padding, stride, dilation, groups, act, rest)
+        return channels_last(y)
+    else:
+        y = channels_last(_CONV[weight.ndim - 2](channels_first(x), weight, bias, stride, padding, dilation, groups))
+    return kernels.after(y, act, shortcut)
+
+
+def _in_one_pass(x: Tensor, weight: Tensor, stride, groups: int, shortcut: Tensor | None) -> bool:
+    """Whether oneDNN's kernel should add the shortcut and apply the activation."""
+    large = groups > 1 or x.numel() * weight.numel() >= kernels.SMALL * weight.shape[1] * math.prod(stride)
+    return (large or x.dtype == torch.bfloat16) and kernels.adds(x, shortcut) and kernels.usable(x, weight)
 
 
 def _half(x: Tensor) -> bool:
@@ -124,6 +143,8 @@ class Conv(nn.Module):
         single = math.prod(self.kernel) == 1 and not any(self.padding)
         self.pointwise = single and groups == 1
         self.sampled = single and math.prod(self.stride) > 1
+        apart = self.kernel == self.stride and not any(self.padding) and max(self.dilation) == 1
+        self.patches = apart and groups == 1 and not single
         self.widened = dim == 2 and groups == 1 and max(self.kernel) >= 32
         deep = dim == out == groups and max(self.dilation) == 1
         self.grown = tuple(int(deep and k == 13) for k in self.kernel)
@@ -138,11 +159,17 @@ class Conv(nn.Module):
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, self.weight, self.bias)
+    takes_act = sums = True  # see `kernels.then` and `kernels.plus`
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """This convolution with another weight and bias of the same shape."""
+    def forward(self, x: Tensor, act: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
+        """act(convolution + shortcut)"""
+        return self.run(x, self.weight, self.bias, act, shortcut)
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None,
+        act: nn.Module | None = None, shortcut: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """act(this convolution with another weight and bias of the same shape + shortcut)."""
         stride = self.stride
         if self.sampled:
             # not left to torch: its CPU weight gradient of a strided 1x1 convolution with fewer than 16 channels,
@@ -151,7 +178,9 @@ class Conv(nn.Module):
             x = x[(slice(None), *(slice(None, None, s) for s in stride))].contiguous()
             stride = (1,) * len(stride)
         if self.pointwise:
-            return F.linear(x, weight.flatten(1), bias)
+            return kernels.linear(x, weight.flatten(1), bias, act, shortcut)
+        if self.patches and self._multiplies(x, weight):
+            return kernels.linear(self._cells(x), weight.movedim(1, -1).flatten(1), bias, act, shortcut)
         padding = self.padding
         exporting = torch.compiler.is_exporting()  # other runtimes have other kernels
         if any(self.grown) and x.device.type == "cpu" and not torch.is_grad_enabled() and not exporting:
@@ -162,7 +191,23 @@ class Conv(nn.Module):
         if self.widened:
             # torch 2.15's bfloat16 convolution of two channels with kernels of 32 is wrong on AMX CPUs; three are right
             x, weight = F.pad(x, (0, 1)), F.pad(weight, (*(0, 0) * len(stride), 0, 1))
-        return conv(x, weight, bias, stride, padding, self.dilation, self.groups)
+        return conv(x, weight, bias, stride, padding, self.dilation, self.groups, act, shortcut)
+
+    def _multiplies(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a product over patches that do not overlap is sooner than torch's convolution of them.
+
+        Its CPU gradients are: in bfloat16 those of 32 x 32 pixels take 23 times the product's time. In inference the
+        copy of the patches pays for large weights only.
+        """
+        if x.device.type != "cpu" or tracing():
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return weight[0].numel() >= 512
+        return weight.numel() > (2**18 if x.dtype == torch.bfloat16 else 2**20)
+
+    def _cells(self, x: Tensor) -> Tensor:
+        """The patches of `x` as rows: (B, *S, dim) -> (B, *S', prod(kernel) * dim)."""
+        return space_to_depth(crop(x, [s // k * k for s, k in zip(x.shape[1:-1], self.kernel)]), self.kernel)
 
     def extra_repr(self) -> str:
         out, dim = self.weight.shape[:2]
@@ -424,7 +469,7 @@ def grid_sample(x: Tensor, grid: Tensor, mode: str = "linear", padding_mode: str
     return channels_last(y)
 
 
-def space_to_depth(x: Tensor, factor: int = 2, first_axis_fastest: bool = False) -> Tensor:
+def space_to_depth(x: Tensor, factor: Sizes = 2, first_axis_fastest: bool = False) -> Tensor:
     """Fold cells of `factor` per axis into channels: (B, *S, C) -> (B, *S / factor, factor^ndim * C).
 
     The offset inside a cell runs row-major; with `first_axis_fastest` the first axis' offset varies fastest, which is
@@ -432,7 +477,8 @@ def space_to_depth(x: Tensor, factor: int = 2, first_axis_fastest: bool = False)
     """
     batch, *sides, dim = x.shape
     ndim = len(sides)
-    split = [v for s in sides for v in (s // factor, factor)]
+    factors = ntuple(factor, ndim, "factor")
+    split = [v for s, f in zip(sides, factors, strict=True) for v in (s // f, f)]
     offsets = range(2 * ndim, 0, -2) if first_axis_fastest else range(2, 2 * ndim + 1, 2)
     y = x.reshape(batch, *split, dim).permute(0, *range(1, 2 * ndim, 2), *offsets, 2 * ndim + 1)
-    return y.reshape(batch, *(s // factor for s in sides), factor**ndim * dim)
+    return y.reshape(batch, *split[::2], math.prod(factors) * dim)

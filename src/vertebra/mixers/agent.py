@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv, adaptive_avg_pool, attend, check_heads, merge_heads, ntuple, resize, split_heads
+from ..layers import Conv, Linear, adaptive_avg_pool, attend, check_heads, merge_heads, ntuple, resize, split_heads
 from ..layers.cached import settled
 
 AXES = "dhw"  # the letters of the last three axes in the names of the tables
@@ -67,10 +67,10 @@ class AgentAttention(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02)))
         if packed:
-            self.qkv = nn.Linear(dim, 3 * dim)
+            self.qkv = Linear(dim, 3 * dim)
         else:
-            self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+            self.q, self.kv = Linear(dim, dim), Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.dwc = Conv(ndim, dim, dim, 3, groups=dim)
 
     @settled

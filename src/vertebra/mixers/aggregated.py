@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv, adaptive_avg_pool, attend, check_heads, ntuple, resize
+from ..layers import Conv, Linear, adaptive_avg_pool, attend, check_heads, ntuple, resize
 from ..layers.cached import settled, sized_cache, tracing
 from ..layers.window import KEY_MASK
 
@@ -75,7 +75,7 @@ class ContinuousPositionBias(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.trained, self.built = ntuple(trained, ndim, "trained"), built
-        self.fc1, self.fc2 = nn.Linear(ndim, hidden), nn.Linear(hidden, heads)
+        self.fc1, self.fc2 = Linear(ndim, hidden), Linear(hidden, heads)
 
     @settled
     def forward(self, sides: Sequence[int], bins: Sequence[int]) -> Tensor:
@@ -118,7 +118,7 @@ class _Cosine(nn.Module):
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, dim // heads))
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
         self.position = ContinuousPositionBias(ndim, heads, trained, built=built)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def unit(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., heads, D), each of length one; in float32, where the least length does not vanish."""
@@ -144,7 +144,7 @@ class LengthScaledAttention(_Cosine):
     ):  # fmt: skip
         grid = None if size is None else ntuple(size, ndim, "size")
         super().__init__(ndim, dim, heads, trained, None if grid is None else (grid, grid))
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         sides = x.shape[1:-1]
@@ -192,7 +192,7 @@ class AggregatedAttention(_Cosine):
         self.local_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, places), std=0.0004))
         self.tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, dim // heads, places), std=0.02))
         self.token_bias = nn.Parameter(torch.zeros(heads, 1, places))
-        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.q, self.kv = Linear(dim, dim), Linear(dim, 2 * dim)
         self.sr, self.act, self.norm = Conv(ndim, dim, dim), nn.GELU(), nn.LayerNorm(dim)
 
     def bins(self, sides: Sequence[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import Conv, attend, check_heads, crop, merge_heads, pad_to, split_heads, windows
+from ..layers import Conv, Linear, attend, check_heads, crop, merge_heads, pad_to, split_heads, windows
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -38,7 +38,7 @@ class BiLevelRoutingAttention(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.ndim, self.heads, self.n_win, self.topk, self.late_padding = ndim, heads, n_win, topk, late_padding
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
         self.lepe = Conv(ndim, dim, dim, kernel, groups=dim)
 
     def region(self, sides: Sequence[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import ConvNorm, attend, check_heads, merge_heads, split_heads
+from ..layers import ConvNorm, Linear, attend, check_heads, merge_heads, split_heads
 
 
 class ConvProjectionAttention(nn.Module):
@@ -26,7 +26,7 @@ class ConvProjectionAttention(nn.Module):
         self.heads, self.prefix, self.scale = heads, prefix, dim**-0.5
         self.conv_q = ConvNorm(ndim, dim, dim, 3, groups=dim)
         self.conv_k, self.conv_v = (ConvNorm(ndim, dim, dim, 3, stride, groups=dim) for _ in range(2))
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         if self.prefix and grid is None:

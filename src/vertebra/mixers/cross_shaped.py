@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import Conv, attend, check_heads, merge_heads, split_heads, windows
+from ..layers import Conv, Linear, attend, check_heads, merge_heads, split_heads, windows
 from ..layers.window import KEY_MASK
 
 
@@ -32,7 +32,7 @@ class CrossShapedAttention(nn.Module):
         ends = [heads * (i + 1) // shares for i in range(shares)]
         self.shares = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         self.ndim, self.heads, self.stripe, self.whole = ndim, heads, stripe, whole
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
         widths = [share * dim // heads for share in self.shares]
         self.local = nn.ModuleList(Conv(ndim, width, width, 3, groups=width) for width in widths)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import Conv, check_heads, tile_side, tiles
+from ..layers import Conv, Linear, check_heads, tile_side, tiles
 
 
 class DilatedAttention(nn.Module):
@@ -25,7 +25,7 @@ class DilatedAttention(nn.Module):
         if heads % len(dilations):
             raise ValueError(f"{heads} heads do not divide over {len(dilations)} dilations {tuple(dilations)}")
         self.ndim, self.heads, self.kernel, self.dilations = ndim, heads, kernel, tuple(dilations)
-        self.qkv, self.proj = Conv(ndim, dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.proj = Conv(ndim, dim, 3 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, *sides, dim = x.shape

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import RelativePositionBias, Windows, attend, check_heads, merge_heads, split_heads, windows
+from ..layers import Linear, RelativePositionBias, Windows, attend, check_heads, merge_heads, split_heads, windows
 from ..layers.cached import sized_cache, tracing
 from ..layers.position import relative_offsets
 
@@ -146,9 +146,9 @@ class _Focal(nn.Module):
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be a whole number of at least 1, got {window!r}")
         self.heads, self.window = heads, (window,) * ndim
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
         length = window**ndim
-        self.pool = nn.Linear(length, 1)
+        self.pool = Linear(length, 1)
         nn.init.constant_(self.pool.weight, 1 / length)
         nn.init.zeros_(self.pool.bias)
 
@@ -240,7 +240,7 @@ class FocalFastAttention(_Focal):
             raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
         self.top, width = top, dim // heads
         self.offsets = nn.ModuleList(
-            nn.Sequential(nn.Linear(ndim, width), nn.ReLU(), nn.Linear(width, heads)) for _ in range(2)
+            nn.Sequential(Linear(ndim, width), nn.ReLU(), Linear(width, heads)) for _ in range(2)
         )
         self.grid: tuple[int, ...] | None = None  # the map that sets were given for; see `adopt`
         for name in ("fine", "coarse", "index"):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv, attend, check_heads, crop, max_pool, mean_pool, merge_heads, split_heads
+from ..layers import Conv, Linear, attend, check_heads, crop, max_pool, mean_pool, merge_heads, split_heads
 
 
 class FrequencyMixer(nn.Module):
@@ -38,7 +38,7 @@ class FrequencyMixer(nn.Module):
         self.parts, self.low_heads, self.pool = (half, half, low), low_heads, pool
         self.expand, self.local = Conv(ndim, half, high, bias=False), Conv(ndim, high, high, 3, groups=high, bias=False)
         self.peak = Conv(ndim, half, high)
-        self.qkv = nn.Linear(low, 3 * low)
+        self.qkv = Linear(low, 3 * low)
         self.blend = Conv(ndim, wide, wide, 3, groups=wide, bias=False)
         self.proj = Conv(ndim, wide, dim)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layers import (
+    Linear,
     RelativePositionBias,
     adaptive_avg_pool,
     attend,
@@ -29,7 +30,7 @@ class GlobalWindowAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads, self.window = heads, ntuple(window, ndim, "window")
-        self.kv, self.proj = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.kv, self.proj = Linear(dim, 2 * dim), Linear(dim, dim)
         self.pos = RelativePositionBias(self.window, heads)
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import attend, avg_pool, check_heads, merge_heads, pad_to, split_heads, windows
+from ..layers import Linear, attend, avg_pool, check_heads, merge_heads, pad_to, split_heads, windows
 
 
 class HiLoAttention(nn.Module):
@@ -30,9 +30,9 @@ class HiLoAttention(nn.Module):
         self.high = heads - self.low
         low, high = (count * (dim // heads) for count in (self.low, self.high))
         if high:
-            self.hi_qkv, self.hi_proj = nn.Linear(dim, 3 * high), nn.Linear(high, high)
+            self.hi_qkv, self.hi_proj = Linear(dim, 3 * high), Linear(high, high)
         if low:
-            self.lo_q, self.lo_kv, self.lo_proj = nn.Linear(dim, low), nn.Linear(dim, 2 * low), nn.Linear(low, low)
+            self.lo_q, self.lo_kv, self.lo_proj = Linear(dim, low), Linear(dim, 2 * low), Linear(low, low)
 
     def hifi(self, x: Tensor) -> Tensor:
         """Attention inside windows: (B, *S, C) -> (B, *S, high)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Linear
+
 
 class HydraAttention(nn.Module):
     """out = q * sum over tokens of (k * v), q and k of unit length over all channels: (B, *S, C) -> (B, *S, C).
@@ -15,7 +17,7 @@ class HydraAttention(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import Conv, avg_pool, resize
+from ..layers import Conv, Linear, avg_pool, resize
 
 
 class StarReLU(nn.Module):
@@ -68,10 +68,10 @@ class SeparableConvMixer(nn.Module):
     def __init__(self, ndim: int, dim: int, kernel: int = 7, expand: int = 2):
         super().__init__()
         wide = expand * dim
-        self.pwconv1, self.act1 = nn.Linear(dim, wide, bias=False), StarReLU()
+        self.pwconv1, self.act1 = Linear(dim, wide, bias=False), StarReLU()
         self.dwconv, self.pwconv2 = (
             Conv(ndim, wide, wide, kernel, groups=wide, bias=False),
-            nn.Linear(wide, dim, bias=False),
+            Linear(wide, dim, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:

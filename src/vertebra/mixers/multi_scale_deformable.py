@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import check_heads
+from ..layers import Linear, check_heads
 from ..layers.cached import sized_cache
 
 Sides = tuple[int, ...]
@@ -66,9 +66,9 @@ class MultiScaleDeformableAttention(nn.Module):
         if levels < 1 or points < 1:
             raise ValueError(f"levels and points must be at least 1, got {levels} and {points}")
         self.ndim, self.heads, self.levels, self.points = ndim, heads, levels, points
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * ndim)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj, self.output_proj = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.sampling_offsets = Linear(dim, heads * levels * points * ndim)
+        self.attention_weights = Linear(dim, heads * levels * points)
+        self.value_proj, self.output_proj = Linear(dim, width), Linear(width, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

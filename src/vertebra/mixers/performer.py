@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..layers import check_heads, merge_heads, split_heads
+from ..layers import Linear, check_heads, merge_heads, split_heads
 
 
 class PerformerAttention(nn.Module):
@@ -32,7 +32,7 @@ class PerformerAttention(nn.Module):
         check_heads(width, heads)
         self.heads, self.value_residual = heads, value_residual
         count = features or max(width // heads // 2, 1)
-        self.kqv, self.proj, self.drop = nn.Linear(dim, 3 * width), nn.Linear(width, width), nn.Dropout(dropout)
+        self.kqv, self.proj, self.drop = Linear(dim, 3 * width), Linear(width, width), nn.Dropout(dropout)
         self.w = nn.Parameter(torch.empty(count, width // heads), requires_grad=False)
         if not self.w.is_meta:  # torch imports for seconds before it decomposes on the meta device
             nn.init.orthogonal_(self.w, gain=math.sqrt(count))

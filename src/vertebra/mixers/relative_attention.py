@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import attend, check_heads, merge_heads, split_heads
+from ..layers import Linear, attend, check_heads, merge_heads, split_heads
 from ..layers.cached import sized_cache
 
 
@@ -46,9 +46,9 @@ class RelativeAttention(nn.Module):
         if dim % (2 * ndim):
             raise ValueError(f"sines on {ndim} axes need channels divisible by {2 * ndim}, got {dim}")
         self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
-        self.pos = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.query, self.key, self.value = (Linear(dim, dim) for _ in range(3))
+        self.pos = Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim)
         self.u, self.v = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, dim // heads))) for _ in range(2))
 
     def near(self, q: Tensor, sides: tuple[int, ...]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import BatchNorm, Conv, check_heads
+from ..layers import BatchNorm, Conv, Linear, check_heads
 
 
 class ScaleAwareModulation(nn.Module):
@@ -20,7 +20,7 @@ class ScaleAwareModulation(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         width = dim // heads
-        self.v, self.s, self.proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.v, self.s, self.proj = (Linear(dim, dim) for _ in range(3))
         self.local = nn.ModuleList(Conv(ndim, width, width, 3 + 2 * i, groups=width) for i in range(heads))
         self.proj0, self.norm = Conv(ndim, dim, expand * dim, groups=width), BatchNorm(expand * dim)
         self.act, self.proj1 = nn.GELU(), Conv(ndim, expand * dim, dim)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..layers import Linear
+
 
 class SeparableAttention(nn.Module):
     """One score per token instead of one per pair: (B, *S, C) -> (B, *S, C).
@@ -16,7 +18,7 @@ class SeparableAttention(nn.Module):
     ``partial(Conv, ndim)`` where a checkpoint has them as 1x1 convolutions.
     """
 
-    def __init__(self, dim: int, axis: int | None = None, linear: Callable[..., nn.Module] = nn.Linear):
+    def __init__(self, dim: int, axis: int | None = None, linear: Callable[..., nn.Module] = Linear):
         super().__init__()
         self.axis = axis
         self.qkv, self.proj = linear(dim, 1 + 2 * dim), linear(dim, dim)

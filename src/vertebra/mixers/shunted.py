@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import Conv, CrossAttention, ResidualConv, attend, check_heads, merge_heads, pad_least, split_heads
+from ..layers import (
+    Conv,
+    CrossAttention,
+    Linear,
+    ResidualConv,
+    attend,
+    check_heads,
+    merge_heads,
+    pad_least,
+    split_heads,
+)
 
 
 class _Scale(nn.Module):
@@ -21,7 +31,7 @@ class _Scale(nn.Module):
         super().__init__()
         self.ratio = ratio
         self.sr, self.norm, self.act = Conv(ndim, dim, dim, ratio, ratio, padding=0), nn.LayerNorm(dim), nn.GELU()
-        self.kv = nn.Linear(dim, 2 * share)
+        self.kv = Linear(dim, 2 * share)
         self.local = ResidualConv(ndim, share)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +52,7 @@ class ShuntedAttention(nn.Module):
         if not ratios or heads % len(ratios):
             raise ValueError(f"{heads} heads cannot be shared out evenly over {len(ratios)} ratios")
         self.heads = heads // len(ratios)
-        self.q, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.q, self.proj = Linear(dim, dim), Linear(dim, dim)
         self.scales = nn.ModuleList(_Scale(ndim, dim, dim // len(ratios), ratio) for ratio in ratios)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..layers import (
     Block,
     Conv,
     ConvNorm,
+    Linear,
     PatchEmbed,
     ResidualConv,
     attend,
@@ -90,7 +91,7 @@ class LightAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
         self.sr = ConvNorm(ndim, dim, dim, ratio, ratio, padding=0, groups=dim, bias=True) if ratio > 1 else None
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:

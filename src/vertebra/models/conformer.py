@@ -28,6 +28,7 @@ from ..layers import (
     Block,
     Conv,
     ConvNorm,
+    Linear,
     Mlp,
     PatchEmbed,
     crop,
@@ -197,7 +198,7 @@ class Conformer(Backbone):
         """One linear head per branch."""
         heads = nn.ModuleDict()
         for name, dim in self.head_dims.items():
-            heads[name] = nn.Linear(dim, self.num_classes) if self.num_classes else nn.Identity()
+            heads[name] = Linear(dim, self.num_classes) if self.num_classes else nn.Identity()
             if self.num_classes:
                 nn.init.trunc_normal_(heads[name].weight, std=0.02)
                 nn.init.zeros_(heads[name].bias)

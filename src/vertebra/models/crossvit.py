@@ -25,6 +25,7 @@ from ..layers import (
     Block,
     Conv,
     DropPath,
+    Linear,
     Mlp,
     PatchEmbed,
     Positions,
@@ -55,9 +56,9 @@ class ConvStem(nn.Module):
         (stride, padding), last = ((3, 0), 1) if patch == 12 else ((2, 1), 2)
         self.proj = nn.Sequential(
             Conv(ndim, dim, out // 4, 7, 4),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             Conv(ndim, out // 4, out // 2, 3, stride, padding),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             Conv(ndim, out // 2, out, 3, last),
         )
 
@@ -72,7 +73,7 @@ class ClassAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
-        self.wq, self.wk, self.wv, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.wq, self.wk, self.wv, self.proj = (Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.heads)[0] for part in (self.wq(x[:, :1]), self.wk(x), self.wv(x)))
@@ -93,7 +94,7 @@ class Exchange(nn.Module):
 
     @staticmethod
     def _project(dim: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.LayerNorm(dim, eps=EPS), nn.GELU(), nn.Linear(dim, out))
+        return nn.Sequential(nn.LayerNorm(dim, eps=EPS), nn.GELU(), Linear(dim, out))
 
     def forward(self, token: Tensor, patches: Tensor) -> Tensor:
         x = torch.cat([self.there(token), patches], 1)
@@ -183,7 +184,7 @@ class CrossViT(Backbone):
 
     def _new_head(self) -> nn.Module:
         """One linear head per branch."""
-        heads = [nn.Linear(dim, self.num_classes) if self.num_classes else nn.Identity() for dim in self.dims]
+        heads = [Linear(dim, self.num_classes) if self.num_classes else nn.Identity() for dim in self.dims]
         for head in heads if self.num_classes else ():
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)

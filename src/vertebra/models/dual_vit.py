@@ -28,6 +28,7 @@ from ..layers import (
     CrossAttention,
     DropPath,
     LayerScale,
+    Linear,
     Mlp,
     PatchEmbed,
     attend,
@@ -77,9 +78,9 @@ class SemanticTokens(nn.Module):
         super().__init__()
         self.dense = dense
         self.q = nn.Parameter(nn.init.trunc_normal_(torch.empty(self.SIDE**ndim, dim), std=0.02))
-        self.q_embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-        self.kv, self.proxy_ln = nn.Linear(dim, 2 * dim), nn.LayerNorm(dim)
-        self.se = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 2 * dim))
+        self.q_embed = nn.Sequential(nn.LayerNorm(dim), Linear(dim, dim))
+        self.kv, self.proxy_ln = Linear(dim, 2 * dim), nn.LayerNorm(dim)
+        self.se = nn.Sequential(Linear(dim, dim), nn.ReLU(), Linear(dim, 2 * dim))
 
     def queries(self, grid: Sequence[int]) -> Tensor:
         """The learned queries on `grid`: (1, T, C)."""
@@ -120,12 +121,12 @@ class DualAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
-        self.qkv_proxy = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * dim))
-        self.q_proxy_ln, self.q_proxy, self.kv_proxy = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.qkv_proxy = nn.Sequential(nn.LayerNorm(dim), Linear(dim, 3 * dim))
+        self.q_proxy_ln, self.q_proxy, self.kv_proxy = nn.LayerNorm(dim), Linear(dim, dim), Linear(dim, 2 * dim)
         self.p_ln = nn.LayerNorm(dim)
-        self.mlp_proxy = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-        self.q, self.proxy_ln, self.kv = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.mlp_proxy = nn.Sequential(Linear(dim, 4 * dim), nn.ReLU(), Linear(4 * dim, dim))
+        self.q, self.proxy_ln, self.kv = Linear(dim, dim), nn.LayerNorm(dim), Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.scale1, self.scale2, self.scale3 = (LayerScale(dim, SCALE) for _ in range(3))
         self.drop_path = DropPath(drop_path)
 
@@ -159,7 +160,7 @@ class MergeBlock(Block):
         super().__init__(dim, attn, mlp, drop_path, EPS, SCALE)
         self.fc_proxy = None
         if not drop_tokens:
-            self.fc_proxy = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+            self.fc_proxy = nn.Sequential(Linear(dim, 2 * dim), nn.GELU(), Linear(2 * dim, dim))
 
     def forward(self, state: State) -> State:
         x, s = state
@@ -244,7 +245,7 @@ class DualViT(Backbone):
             down, norm = None, None
             if i:
                 image = PatchEmbed(ndim, dims[i - 1], dim, 3, 2, norm=nn.LayerNorm(dim))
-                down = Pathways(image, nn.Sequential(nn.Linear(dims[i - 1], dim), nn.LayerNorm(dim)))
+                down = Pathways(image, nn.Sequential(Linear(dims[i - 1], dim), nn.LayerNorm(dim)))
             if not last:
                 norm = Pathways(nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS))
             self.stages.append(Stage(blocks, down, norm))

@@ -29,6 +29,7 @@ from ..backbone import Stage
 from ..layers import (
     Conv,
     DropPath,
+    Linear,
     attend,
     check_heads,
     drop_path_rates,
@@ -48,7 +49,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, ndim: int, dim: int, kernel: int):
         super().__init__()
         self.conv, self.norm = Conv(ndim, dim, dim, kernel, groups=dim), nn.LayerNorm(dim, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.fc1, self.fc2 = Linear(dim, 4 * dim), Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fc2(F.gelu(self.fc1(self.norm(self.conv(x)))))
@@ -84,7 +85,7 @@ class MixMlp(nn.Module):
 
     def __init__(self, tokens: int, dim: int):
         super().__init__()
-        self.tokens, self.channels = nn.Linear(tokens, tokens), nn.Linear(dim, dim)
+        self.tokens, self.channels = Linear(tokens, tokens), Linear(dim, dim)
 
     def forward(self, g: Tensor) -> Tensor:
         return self.channels(F.gelu(self.tokens(g.transpose(1, 2)).transpose(1, 2)))
@@ -95,7 +96,7 @@ class WeightedSum(nn.Module):
 
     def __init__(self, tokens: int, dim: int, kind: str, alpha: float):
         super().__init__()
-        plain = lambda: nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))  # noqa: E731
+        plain = lambda: nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, dim))  # noqa: E731
         self.mlp, self.alpha = MixMlp(tokens, dim) if kind == "mix" else plain(), alpha
 
     def forward(self, g: Tensor, gathered: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class AttentionFusion(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q, self.kv, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
 
     def forward(self, g: Tensor, gathered: Tensor) -> Tensor:
         (q,), (k, v) = split_heads(self.q(g), self.heads), split_heads(self.kv(gathered), self.heads, 2)
@@ -127,8 +128,8 @@ class DualTokenAttention(nn.Module):
         check_heads(dim, heads)
         self.heads, self.grid = heads, tuple(grid)
         self.encoder, self.reduction, self.enrich = encoder, reduction, enrich
-        self.qkv, self.q = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.kv, self.proj = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.qkv, self.q = Linear(dim, 3 * dim), Linear(dim, dim)
+        self.kv, self.proj = Linear(dim, 2 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor, g: Tensor | None) -> State:
         local = x if self.encoder is None else self.encoder(x)

@@ -123,6 +123,7 @@ class EfficientViT(Backbone):
         (r"\.fused\.", "."),
     )
     CONSTANT = (r"\.attention_bias_idxs$",)
+    any_layout = True  # see Unit
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import Block, Conv, Mlp, drop_path_rates, max_pool, ntuple, resize
+from ..layers import Block, Conv, Linear, Mlp, drop_path_rates, max_pool, ntuple, resize
 from ..mixers import GlobalWindowAttention, WindowAttention
 from ..registry import Family, Inputs, Variant, Weights
 
@@ -36,7 +36,7 @@ class FusedMBConv(nn.Module):
     def __init__(self, ndim: int, dim: int):
         super().__init__()
         self.depthwise = Conv(ndim, dim, dim, 3, groups=dim, bias=False)
-        self.squeeze, self.excite = nn.Linear(dim, dim // 4, bias=False), nn.Linear(dim // 4, dim, bias=False)
+        self.squeeze, self.excite = Linear(dim, dim // 4, bias=False), Linear(dim // 4, dim, bias=False)
         self.project = Conv(ndim, dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

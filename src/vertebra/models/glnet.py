@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Rules, Stage
-from ..layers import BatchNorm, Block, Conv, ConvNorm, LayerScale, Mlp, ResidualConv, drop_path_rates
+from ..layers import BatchNorm, Block, Conv, ConvNorm, LayerScale, Linear, Mlp, ResidualConv, drop_path_rates
 from ..mixers import GLMixAttention, GlobalAttention
 from ..registry import Family, Variant, Weights
 
@@ -114,14 +114,14 @@ class GLNet(Backbone):
 
     def block(self, dim: int, attn: nn.Module, hidden: int, rate: float, layer_scale: float | None) -> Block:
         ndim, slotted = self.ndim, isinstance(attn, GLMixAttention)
-        linear = nn.Linear if self.plain and not slotted else partial(Conv, ndim)
+        linear = Linear if self.plain and not slotted else partial(Conv, ndim)
         mlp = Mlp(dim, hidden, middle=None if self.plain else ResidualConv(ndim, hidden), linear=linear)
         position = None if self.plain else ResidualConv(ndim, dim)
         block = (SlotBlock if slotted else Block)(dim, attn, mlp, rate, EPS, layer_scale, position)
         if layer_scale is not None:  # checkpoints have those of channels-first branches with further axes
             shape = (1, dim, *(1,) * ndim)
             block.scale1 = LayerScale(dim, layer_scale, shape if slotted else None)
-            block.scale2 = LayerScale(dim, layer_scale, None if linear is nn.Linear else shape)
+            block.scale2 = LayerScale(dim, layer_scale, None if linear is Linear else shape)
         return block
 
     def embed(self, x: Tensor) -> Tensor:

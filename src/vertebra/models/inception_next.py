@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import BatchNorm, Conv, Mlp, NextBlock, PatchEmbed, drop_path_rates, init_truncated
+from ..layers import BatchNorm, Conv, Linear, Mlp, NextBlock, PatchEmbed, drop_path_rates, init_truncated
 from ..mixers import InceptionMixer
 from ..registry import Family, Inputs, Variant, Weights
 
@@ -69,7 +69,7 @@ class InceptionNeXt(Backbone):
         self.describe(dims, [4 * 2**i for i in range(len(dims))])
         hidden = 3 * dims[-1]
         if not self.features_only:
-            self.neck = nn.Sequential(nn.Linear(dims[-1], hidden), nn.GELU(), nn.LayerNorm(hidden, eps=1e-6))
+            self.neck = nn.Sequential(Linear(dims[-1], hidden), nn.GELU(), nn.LayerNorm(hidden, eps=1e-6))
         self.make_head(hidden)
         self.init_weights()
 

@@ -24,6 +24,7 @@ from ..layers import (
     Conv,
     ConvNorm,
     DropPath,
+    Linear,
     Mlp,
     PatchMerging,
     RelativePositionBias,
@@ -69,7 +70,7 @@ class LocalGlobalAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.heads, self.window = heads, (window,) * ndim
-        self.qkv, self.kv_global, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.qkv, self.kv_global, self.proj = Linear(dim, 3 * dim), Linear(dim, 2 * dim), Linear(dim, dim)
         self.pos = RelativePositionBias(self.window, heads)
 
     def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +96,8 @@ class BiDimensionalAttention(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.global_reduce, self.local_reduce = nn.Linear(dim, dim // 4), nn.Linear(dim, dim // 4)
-        self.channel_select, self.spatial_select = nn.Linear(dim // 4, dim), nn.Linear(dim // 4 * 2, 1)
+        self.global_reduce, self.local_reduce = Linear(dim, dim // 4), Linear(dim, dim // 4)
+        self.channel_select, self.spatial_select = Linear(dim // 4, dim), Linear(dim // 4 * 2, 1)
 
     def _gated(self, y: Tensor, z: Tensor, mean: Tensor, channel: Tensor) -> Tensor:
         lift = (slice(None), *(None,) * (y.ndim - 2))
@@ -154,9 +155,9 @@ class Merge(PatchMerging):
 
     def __init__(self, ndim: int, dim: int, out: int, tokens: bool = True):
         super().__init__(ndim, dim, out)
-        self.res_proj = nn.Linear(dim, out, bias=False)
+        self.res_proj = Linear(dim, out, bias=False)
         if tokens:
-            self.norm2, self.proj = nn.LayerNorm(dim), nn.Linear(dim, out, bias=False)
+            self.norm2, self.proj = nn.LayerNorm(dim), Linear(dim, out, bias=False)
 
     def forward(self, state: State) -> State:
         x, g = state
@@ -184,7 +185,7 @@ class Pyramid(Backbone):
             self.output_norms = nn.ModuleList(nn.LayerNorm(d, eps=1e-6) for d in dims)
         else:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
-            self.neck = nn.Sequential(nn.Linear(dims[-1], neck), nn.LayerNorm(neck), nn.GELU())
+            self.neck = nn.Sequential(Linear(dims[-1], neck), nn.LayerNorm(neck), nn.GELU())
         self.make_head(neck)
         self.init_weights()
 

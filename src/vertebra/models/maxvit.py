@@ -28,6 +28,7 @@ from ..layers import (
     Conv,
     ConvNorm,
     DropPath,
+    Linear,
     Mlp,
     RelativePositionBias,
     SqueezeExcite,
@@ -51,14 +52,14 @@ class SameConv(Conv):
     An even side gets one cell after its end, an odd one a cell at either end.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, act: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
         sides, none, one = x.shape[1:-1], (0,) * (x.ndim - 2), (1,) * (x.ndim - 2)
         if tracing():
             x = F.pad(x, [0, 0, *(v for s in reversed(sides) for v in ((s + 1) // 2 * 2 - s, 1))])
-            return conv(x, self.weight, self.bias, self.stride, none, one, self.groups)
+            return conv(x, self.weight, self.bias, self.stride, none, one, self.groups, act, shortcut)
         # the same sums without a copy of the map: for an even side the kernel gets a zero in front, padding is even
         weight = F.pad(self.weight, [v for s in reversed(sides) for v in (1 - s % 2, 0)])
-        return conv(x, weight, self.bias, self.stride, one, one, self.groups)
+        return conv(x, weight, self.bias, self.stride, one, one, self.groups, act, shortcut)
 
 
 def _unit(ndim, dim, out, kernel=1, stride=1, groups=1, act=nn.GELU, bias=False, same=False) -> ConvNorm:
@@ -168,7 +169,7 @@ class MaxViT(Backbone):
             self.stages.append(Stage(blocks))
         self.describe(dims, [4 * 2**i for i in range(len(dims))])
         if not self.features_only:
-            self.neck = nn.Sequential(nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], dims[-1]), nn.Tanh())
+            self.neck = nn.Sequential(nn.LayerNorm(dims[-1]), Linear(dims[-1], dims[-1]), nn.Tanh())
         self.make_head()
         self.init_weights()
 
@@ -222,7 +223,7 @@ class TorchvisionMaxViT(MaxViT):
     def _new_head(self) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        head = nn.Linear(self.head_features, self.num_classes, bias=False)
+        head = Linear(self.head_features, self.num_classes, bias=False)
         nn.init.normal_(head.weight, std=0.02)
         return head
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Rules, Stage
-from ..layers import Block, Conv, Mlp, OneGroup, PatchEmbed, drop_path_rates, init_truncated, ntuple
+from ..layers import Block, Conv, Linear, Mlp, OneGroup, PatchEmbed, drop_path_rates, init_truncated, ntuple
 from ..mixers import GlobalAttention, PoolMixer, RandomMixer, SeparableConvMixer, StarReLU
 from ..registry import Family, Inputs, Variant, Weights
 
@@ -189,7 +189,7 @@ class MetaFormer(Backbone):
             self.norm = nn.LayerNorm(last, eps=EPS)
             self.neck: nn.Module = nn.Identity()
             if mlp_head:
-                self.neck = nn.Sequential(nn.Linear(last, hidden), SquaredReLU(), nn.LayerNorm(hidden))
+                self.neck = nn.Sequential(Linear(last, hidden), SquaredReLU(), nn.LayerNorm(hidden))
         self.make_head(hidden if mlp_head else last)
         self.init_weights()
 

@@ -27,6 +27,7 @@ from ..layers import (
     Conv,
     ConvNorm,
     DropPath,
+    Linear,
     Mlp,
     attend,
     channel_shuffle,
@@ -50,8 +51,8 @@ class MobileToFormer(nn.Module):
     def __init__(self, dim: int, width: int):
         super().__init__()
         check_heads(dim, HEADS)
-        self.gate, self.q = nn.Linear(width, dim), nn.Linear(width, dim)
-        self.proj, self.norm = nn.Linear(dim, width), nn.LayerNorm(width)
+        self.gate, self.q = Linear(width, dim), Linear(width, dim)
+        self.proj, self.norm = Linear(dim, width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         (q,) = split_heads(self.q(tokens), HEADS)
@@ -66,7 +67,7 @@ class Former(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         check_heads(width, FORMER_HEADS)
-        self.q, self.proj, self.norm1 = nn.Linear(width, width), nn.Linear(width, width), nn.LayerNorm(width)
+        self.q, self.proj, self.norm1 = Linear(width, width), Linear(width, width), nn.LayerNorm(width)
         self.mlp, self.norm2 = Mlp(width, 2 * width), nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class FormerToMobile(nn.Module):
     def __init__(self, dim: int, width: int):
         super().__init__()
         check_heads(dim, HEADS)
-        self.k, self.v = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.k, self.v = Linear(width, dim), Linear(width, dim)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         (q,) = split_heads(x.flatten(1, -2), HEADS)
@@ -188,7 +189,7 @@ class Neck(nn.Module):
         super().__init__()
         self.bridge, self.groups = MobileToFormer(dim, width), groups
         self.conv = ConvNorm(ndim, dim, 6 * dim, groups=groups, act=nn.ReLU6)
-        self.fc = nn.Sequential(nn.Linear(6 * dim + width, out), BatchNorm(out), nn.Hardswish())
+        self.fc = nn.Sequential(Linear(6 * dim + width, out), BatchNorm(out), nn.Hardswish())
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         pooled = F.hardswish(self.conv(_shuffle(x, self.groups)).flatten(1, -2).mean(1))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from ..layers import Attention, Block, Conv, ConvNorm, InvertedResidual, Mlp, re
 from ..registry import Family, Inputs, Variant, Weights
 
 PATCH = 2  # cells per axis
-SiLU = partial(nn.SiLU, inplace=True)  # neither batch norms nor linear layers need their output for the gradient
 _MV2 = {"expand": "exp_1x1", "depthwise": "conv_3x3", "project": "red_1x1"}
 
 
@@ -64,12 +62,12 @@ class MobileViTBlock(nn.Module):
 
     def __init__(self, ndim: int, dim: int, width: int, depth: int, heads: int = 4):
         super().__init__()
-        self.local = ConvNorm(ndim, dim, dim, 3, act=SiLU)
+        self.local = ConvNorm(ndim, dim, dim, 3, act=nn.SiLU)
         self.widen = Conv(ndim, dim, width, bias=False)
-        blocks = [Block(width, Attention(width, heads), Mlp(width, 2 * width, act=SiLU)) for _ in range(depth)]
+        blocks = [Block(width, Attention(width, heads), Mlp(width, 2 * width, act=nn.SiLU)) for _ in range(depth)]
         self.transformer = nn.Sequential(*blocks, nn.LayerNorm(width))
-        self.conv_proj = ConvNorm(ndim, width, dim, act=SiLU)
-        self.fusion = ConvNorm(ndim, 2 * dim, dim, 3, act=SiLU)
+        self.conv_proj = ConvNorm(ndim, width, dim, act=nn.SiLU)
+        self.fusion = ConvNorm(ndim, 2 * dim, dim, 3, act=nn.SiLU)
 
     def forward(self, x: Tensor) -> Tensor:
         sides = x.shape[1:-1]
@@ -89,9 +87,9 @@ class MobilePyramid(Backbone):
 
     def lay_out(self, stem: int, dims: Sequence[int], repeats: int, expansion: int, globals_: Sequence[nn.Module]):
         def shrink(dim: int, out: int, stride: int = 2) -> nn.Module:
-            return InvertedResidual(self.ndim, dim, out, 3, stride, expansion, act=SiLU)
+            return InvertedResidual(self.ndim, dim, out, 3, stride, expansion, act=nn.SiLU)
 
-        self.stem = ConvNorm(self.ndim, self.in_chans, stem, 3, 2, act=SiLU)
+        self.stem = ConvNorm(self.ndim, self.in_chans, stem, 3, 2, act=nn.SiLU)
         second = [shrink(dims[0], dims[1])] + [shrink(dims[1], dims[1], 1) for _ in range(repeats - 1)]
         self.stages = nn.ModuleList([Stage([shrink(stem, dims[0], 1)]), Stage(second)])
         for dim, out, block in zip(dims[1:], dims[2:], globals_, strict=False):
@@ -149,7 +147,7 @@ class MobileViT(MobilePyramid):
         self.lay_out(stem, dims, 3, expansion, [MobileViTBlock(self.ndim, *row, heads) for row in rows])
         last = min(4 * dims[-1], 960)
         if not self.features_only:
-            self.neck = ConvNorm(self.ndim, dims[-1], last, act=SiLU)
+            self.neck = ConvNorm(self.ndim, dims[-1], last, act=nn.SiLU)
         self.make_head(last)
         self.init_weights()
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage
-from ..layers import BatchNorm, Conv, Mlp, RevIN, attend, check_heads, merge_heads, ntuple, split_heads
+from ..layers import BatchNorm, Conv, Linear, Mlp, RevIN, attend, check_heads, merge_heads, ntuple, split_heads
 from ..layers.cached import sized_cache, tracing
 from ..registry import Family, Inputs, Variant
 
@@ -85,8 +85,8 @@ class Router(nn.Module):
     def __init__(self, length: int, variables: int, experts: int, top: int):
         super().__init__()
         self.top = top
-        self.trend, self.mix = nn.Linear(1, len(TREND)), nn.Linear(variables, 1)
-        self.gate, self.noise = nn.Linear(length, experts), nn.Linear(length, experts)
+        self.trend, self.mix = Linear(1, len(TREND)), Linear(variables, 1)
+        self.gate, self.noise = Linear(length, experts), Linear(length, experts)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         device = s.device.type
@@ -124,7 +124,7 @@ class Distinct(nn.Module):
         super().__init__()
         self.memory = nn.Parameter(torch.randn(variables, MEMORY))
         self.generator = nn.Sequential(
-            nn.Linear(MEMORY, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, INNER**2)
+            Linear(MEMORY, hidden), nn.Tanh(), Linear(hidden, hidden), nn.Tanh(), Linear(hidden, INNER**2)
         )
         for name, shape in (("P", (dim, INNER)), ("Q", (INNER, dim)), ("B", (INNER**2, dim))):
             self.add_module(name, nn.ParameterList(_uniform(*shape) for _ in range(2)))
@@ -156,7 +156,7 @@ class PatchAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
         self.scale = nn.Parameter(torch.tensor((dim // heads) ** -0.5), requires_grad=False)  # stored, not trained
         self.drop = nn.Dropout(dropout)
 
@@ -177,10 +177,10 @@ class Expert(nn.Module):
         super().__init__()
         self.patch, self.count = patch, length // patch
         self.queries = nn.Parameter(torch.rand(self.count, 1, 1, variables, MEMORY))
-        self.generators = nn.ModuleList(nn.Linear(MEMORY, dim) for _ in range(self.count))
+        self.generators = nn.ModuleList(Linear(MEMORY, dim) for _ in range(self.count))
         self.distinct, self.shared = Distinct(variables, dim), Shared(dim)
-        self.spread = nn.Linear(self.count, length)
-        self.embed = nn.Linear(dim * patch, dim * patch)
+        self.spread = Linear(self.count, length)
+        self.embed = Linear(dim * patch, dim * patch)
         self.positions = nn.Parameter(torch.empty(self.count, dim * patch).uniform_(-0.02, 0.02))
         self.inter_attn = PatchAttention(dim * patch, dim, attn_drop)
         self.mlp = Mlp(dim, hidden, middle=nn.Dropout(mlp_drop), act_first=True)
@@ -341,7 +341,7 @@ class Pathformer(Backbone):
                 raise ValueError(f"patches of {wrong} do not divide a length of {self.length}")
             if not 1 <= top <= len(sizes):
                 raise ValueError(f"top, the experts for each sample, must be in 1..{len(sizes)}, got {top}")
-        self.revin, self.start = RevIN(self.in_chans), nn.Linear(1, dim)
+        self.revin, self.start = RevIN(self.in_chans), Linear(1, dim)
         options = dict(hidden=hidden, batch_norm=batch_norm, drop=drop, attn_drop=attn_drop, mlp_drop=mlp_drop)
         self.stages = nn.ModuleList(
             Stage([PathwayLayer(self.length, self.in_chans, dim, sizes, top, residual, **options)]) for sizes in patches

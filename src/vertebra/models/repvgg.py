@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.se = SqueezeExcite(ndim, out, out // 16) if squeeze else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.se(self.reparam(x)), inplace=True)
+        return F.relu(self.se(self.reparam(x)))
 
 
 class RepVGG(Backbone):

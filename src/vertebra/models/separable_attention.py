@@ -22,7 +22,7 @@ from ..backbone import Rules
 from ..layers import Block, Conv, ConvNorm, Mlp, OneGroup, make_divisible, resize
 from ..mixers import SeparableAttention
 from ..registry import Family, Inputs, Variant, Weights
-from .mobilevit import MobilePyramid, MobileViT, SiLU, join_patches, split_patches, whole_patches
+from .mobilevit import MobilePyramid, MobileViT, join_patches, split_patches, whole_patches
 
 _TIMM = {"expand": "conv1_1x1", "depthwise": "conv2_kxk", "project": "conv3_1x1", "local": "conv_kxk"}
 
@@ -37,12 +37,12 @@ class SeparableBlock(nn.Module):
     def __init__(self, ndim: int, dim: int, width: int, depth: int):
         super().__init__()
         linear = partial(Conv, ndim)
-        self.local = ConvNorm(ndim, dim, dim, 3, groups=dim, act=SiLU)
+        self.local = ConvNorm(ndim, dim, dim, 3, groups=dim, act=nn.SiLU)
         self.narrow = Conv(ndim, dim, width, bias=False)
         blocks = []
         for _ in range(depth):
             attn = SeparableAttention(width, axis=2, linear=linear)  # of (B, places, patches, width)
-            mlp = Mlp(width, 2 * width, act=SiLU, linear=linear)
+            mlp = Mlp(width, 2 * width, act=nn.SiLU, linear=linear)
             blocks.append(Block(width, attn, mlp, norm=OneGroup))
         self.transformer = nn.Sequential(*blocks, OneGroup(width))
         self.conv_proj = ConvNorm(ndim, width, dim)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Rules, Stage, four_taps
-from ..layers import Conv, Mlp
+from ..layers import Conv, Linear, Mlp
 from ..layers.cached import tracing
 from ..layers.space import channels_first
 from ..layers.window import KEY_MASK
@@ -269,14 +269,14 @@ class SooftwareConformer(ConformerEncoder):
         self.subsampling = nn.Sequential(
             Conv(2, 1, dim, 3, 2, padding=0), nn.ReLU(), Conv(2, dim, dim, 3, 2, padding=0), nn.ReLU()
         )
-        self.proj = nn.Linear(dim * ((self.in_chans - 3) // 4), dim)
+        self.proj = Linear(dim * ((self.in_chans - 3) // 4), dim)
         self.make_head()
         self.init_weights()
 
     def _new_head(self) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        head = nn.Linear(self.head_features, self.num_classes, bias=False)
+        head = Linear(self.head_features, self.num_classes, bias=False)
         nn.init.xavier_uniform_(head.weight)
         return head
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention, Mlp, Positions, TokenBlock, attend, unfold
+from ..layers import Attention, Linear, Mlp, Positions, TokenBlock, attend, unfold
 from ..mixers import PerformerAttention
 from ..registry import Family, Inputs, Variant, Weights
 from .vit import VisionTransformer
@@ -33,7 +33,7 @@ class ValueAttention(nn.Module):
     def __init__(self, dim: int, width: int):
         super().__init__()
         self.scale = dim**-0.5
-        self.qkv, self.proj = nn.Linear(dim, 3 * width, bias=False), nn.Linear(width, width)
+        self.qkv, self.proj = Linear(dim, 3 * width, bias=False), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x.flatten(1, -2).unsqueeze(1)).chunk(3, -1)
@@ -74,7 +74,7 @@ class TokensToToken(nn.Module):
         super().__init__()
         longer = WIDTH * 3**ndim
         self.attention1, self.attention2 = layer(in_chans * 7**ndim), layer(longer)
-        self.project = nn.Linear(longer, dim)
+        self.project = Linear(longer, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attention1(unfold(x, 7, 4, 2))

@@ -24,6 +24,7 @@ from ..layers import (
     BatchNorm,
     Conv,
     LayerScale,
+    Linear,
     NextBlock,
     PatchEmbed,
     SqueezeExcite,
@@ -62,8 +63,8 @@ class GatedMlp(nn.Module):
     def __init__(self, ndim: int, dim: int):
         super().__init__()
         self.se = SqueezeExcite(ndim, dim, dim // 4)
-        self.fc1, self.grn = nn.Linear(dim, 4 * dim), ResponseNorm(ndim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+        self.fc1, self.grn = Linear(dim, 4 * dim), ResponseNorm(ndim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim, bias=False)
         self.norm: nn.Module = BatchNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class GatedMlp(nn.Module):
         weight, shift = self.fc2.weight, self.grn.beta
         assert isinstance(self.norm, BatchNorm) and shift is not None
         weight, bias = folded(weight, weight.double() @ shift.double().flatten(), self.norm)
-        merged = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=self.fc2.weight.dtype)
+        merged = Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=self.fc2.weight.dtype)
         with torch.no_grad():
             merged.weight.copy_(weight * scale.double()[:, None])
             merged.bias.copy_(bias * scale.double())

@@ -32,6 +32,7 @@ from ..layers import (
     ConvTranspose,
     DropPath,
     LayerScale,
+    Linear,
     Mlp,
     PatchEmbed,
     Positions,
@@ -113,7 +114,7 @@ class PyramidMlp(nn.Module):
 
     def __init__(self, ndim: int, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
         self.conv = Conv(ndim, hidden, hidden, 3, groups=hidden)
 
     def forward(self, c: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
