@@ -99,6 +99,8 @@ def test_which_kernels_run(calls):
     assert of(block.eval(), x.new_ones(1, 100, 100, 8)) == [relu]
     assert of(block, x.new_ones(1, 100, 100, 8), x.new_ones(1, 100, 100, 8)) == [(nn.ReLU, True)]
     assert of(block, x) == []  # the map is small, so its norm is not folded
+    assert of(block.bfloat16(), x.bfloat16()) == []
+    block.float()
     assert of(block.fuse(published=False), x) == [relu]
 
 
@@ -168,7 +170,8 @@ def test_a_watched_layer_shows_its_own_output(small):
     want = plus(block, x, x)
     block.norm.register_forward_hook(lambda module, args, y: seen.append(y))
     assert error(plus(block, x, x), want) <= 1e-6
-    assert error(seen[1], want - x) <= 1e-6  # not written over by the sum
+    assert error(block(x, x), want) <= 1e-6
+    assert all(error(y, want - x) <= 1e-6 for y in seen[1:])  # not written over by the sum
 
 
 def test_a_sum_keeps_the_wider_type():

@@ -30,31 +30,32 @@ class _Packed(nn.Module):
 
     weight: Any  # the layer's own, declared by the class that this one is mixed into
     bias: Any
+    act: nn.Module
 
     def _begin(self, act: nn.Module) -> None:
-        self.act = act
+        self.__dict__["act"] = act  # no child module: those are found more slowly, and this runs at every call
         self._work = self._multiplications()
         self._packed: dict[Any, Tensor] = {}
         self._version = -1
 
-    def _ready(self, x: Tensor) -> bool:
+    def _ready(self, x: Tensor, weight: Tensor) -> bool:
         large = x.dtype != torch.float32 or x.numel() * self._work >= kernels.SMALL
-        return large and kernels.usable(x, self.weight)
+        return large and kernels.usable(x, weight)
 
     def _multiplications(self) -> float:
         """How many for each number of the input."""
         raise NotImplementedError
 
-    def _weight(self, shape: torch.Size) -> Tensor:
-        """The weight packed for inputs of `shape`, or for the first one where others may use the same."""
-        if self._version != version(self.weight):
-            self._packed, self._version = {}, version(self.weight)
+    def _weight(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        """`weight` packed for inputs of `shape`, or for the first one where others may use the same."""
+        if self._version != version(weight):
+            self._packed, self._version = {}, version(weight)
         key = self._key(shape)
         if key not in self._packed:
             if len(self._packed) >= _PACKS:
                 self._packed.pop(next(iter(self._packed)))
             with torch.inference_mode(False), torch.no_grad():
-                self._packed[key] = self._pack(self.weight.detach(), shape)
+                self._packed[key] = self._pack(weight.detach(), shape)
         return self._packed[key]
 
     def _key(self, shape: torch.Size) -> Any:
@@ -70,9 +71,9 @@ class _Packed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles: oneDNN's tensors can be neither
         return self.__dict__ | {"_packed": {}}
 
-    def _product(self, x: Tensor, act: nn.Module | None, shortcut: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, act: nn.Module | None, shortcut: Tensor | None) -> Tensor:
         """The layer over the last axis of `x`."""
-        return kernels.product(x, self._weight(x.shape), self.bias, act, shortcut)
+        return kernels.product(x, self._weight(weight, x.shape), self.bias, act, shortcut)
 
 
 class PackedLinear(_Packed, Linear):
@@ -86,8 +87,9 @@ class PackedLinear(_Packed, Linear):
 
     def forward(self, x: Tensor, act: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
         act = self.act if act is None else act
-        if self._ready(x) and kernels.adds(x, shortcut):
-            return self._product(x, act, shortcut)
+        weight = self.weight
+        if self._ready(x, weight) and kernels.adds(x, shortcut):
+            return self._product(x, weight, act, shortcut)
         return super().forward(x, act, shortcut)
 
 
@@ -118,15 +120,15 @@ class PackedConv(_Packed, Conv):
 
     def _is_product(self, shape: torch.Size) -> bool:
         """Whether an input of `shape` has all that makes one output cell in one row."""
-        return (self.pointwise or self.patches) and shape[-1] == self.weight[0].numel()
+        return (self.pointwise or self.patches) and shape[-1] == self.span
 
-    def _delicate(self, x: Tensor) -> bool:
+    def _delicate(self, x: Tensor, weight: Tensor) -> bool:
         """Whether `Conv` knows a way around a kernel of torch's here."""
         if self.widened or any(self.grown):
             return True
         options = self.stride, self.padding, self.dilation, self.groups
         half = x.dtype == torch.bfloat16 and not self.pointwise
-        return half and _wrong_in_half(x.shape[1:-1], self.weight, *options)
+        return half and _wrong_in_half(x.shape[1:-1], weight, *options)
 
     def _geometry(self) -> tuple[tuple[int, ...], ...]:
         """Padding, stride and dilation as the kernel takes them, with an axis more at rank 1."""
@@ -137,14 +139,15 @@ class PackedConv(_Packed, Conv):
 
     def forward(self, x: Tensor, act: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
         act = self.act if act is None else act
-        if not self._ready(x) or self._delicate(x) or not kernels.adds(x, shortcut):
+        weight = self.weight
+        if not self._ready(x, weight) or self._delicate(x, weight) or not kernels.adds(x, shortcut):
             return super().forward(x, act, shortcut)
         if self.sampled:
             x = x[(slice(None), *(slice(None, None, s) for s in self.stride))].contiguous()
-        if self.patches and self._multiplies(x, self.weight):
+        if self.patches and self._multiplies(x, weight):
             x = self._cells(x)
         if self._is_product(x.shape):
-            return self._product(x, act, shortcut)
+            return self._product(x, weight, act, shortcut)
         line = len(self.kernel) == 1
 
         def maps(t: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ class PackedConv(_Packed, Conv):
 
         rest = None if shortcut is None else maps(shortcut)
         padding, stride, dilation = self._geometry()
-        given = maps(x), self._weight(x.shape), self.bias
+        given = maps(x), self._weight(weight, x.shape), self.bias
         y = channels_last(kernels.convolution(*given, padding, stride, dilation, self.groups, act, rest))
         return y.squeeze(1) if line else y
 

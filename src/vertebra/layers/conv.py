@@ -14,6 +14,7 @@ from .reparam import fold
 from .space import BatchNorm, Conv
 
 _FOLD = 4  # a norm is folded at call time where the map that comes out has this many times the weight's numbers
+_LEAST = 2**16  # and the one that goes in so many: below, folding takes longer than the norm
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -55,32 +56,32 @@ class ConvNorm(nn.Module):
         return isinstance(self.act, nn.Identity) and not hooked(self.conv, self.norm)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        conv, norm, act = self.conv, self.norm, self.act
         if self.act_first:
-            x = self.norm(then(self.conv, self.act, x))
+            x = norm(then(conv, act, x))
             return x if shortcut is None else x + shortcut
-        if self._folds(x):
-            return self.conv.run(x, *self._folded(), self.act, shortcut)
-        if (
-            isinstance(self.norm, nn.Identity)
-            and getattr(self.conv, "takes_act", False)
-            and not hooked(self.conv, self.act)
-        ):
-            return self.conv(x, self.act, shortcut)
-        return after(self.norm(self.conv(x)), self.act, shortcut)
+        if self._folds(x, conv, norm, act):
+            return conv.run(x, *self._folded(), act, shortcut)
+        if isinstance(norm, nn.Identity) and getattr(conv, "takes_act", False) and not hooked(conv, act):
+            return conv(x, act, shortcut)
+        x = norm(conv(x))
+        if shortcut is not None and hooked(conv, norm):  # who watches them is to keep what they gave
+            return act(x + shortcut)
+        return after(x, act, shortcut)
 
-    def _folds(self, x: Tensor) -> bool:
+    def _folds(self, x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> bool:
         """Whether it is sooner in inference to scale the weight, which is small, than the map that comes out."""
-        conv, norm = self.conv, self.norm
         return (
-            type(norm) is BatchNorm
+            x.numel() >= _LEAST
+            and type(norm) is BatchNorm
             and type(conv) is Conv
             and not norm.training
             and not self.act_first
             and not torch.is_grad_enabled()
             and not tracing()
-            and not hooked(conv, norm, self.act)
+            and not hooked(conv, norm, act)
             and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-            and _FOLD * conv.weight[0].numel() * math.prod(conv.stride) * conv.weight.shape[1] * conv.groups < x.numel()
+            and _FOLD * conv.span * math.prod(conv.stride) * conv.dim < x.numel()
         )
 
     def _folded(self) -> tuple[Tensor, Tensor]:

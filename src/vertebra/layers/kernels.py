@@ -77,9 +77,9 @@ def usable(x: Tensor, weight: Tensor) -> bool:
     They know neither gradients nor autocast nor tensors of another class, and watchers are to see the usual operators.
     """
     return (
-        x.dtype in DTYPES
+        x.is_cpu
+        and x.dtype in DTYPES
         and x.dtype == weight.dtype
-        and x.device.type == "cpu"
         and x.ndim > 1
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")

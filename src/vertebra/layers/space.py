@@ -19,6 +19,9 @@ from .cached import sized_cache, tracing
 
 Sizes = int | Sequence[int]
 
+# axes for permute, which starts sooner than movedim
+_FIRST = {n: (0, n - 1, *range(1, n - 1)) for n in range(2, 7)}
+_LAST = {n: (0, *range(2, n), 1) for n in range(2, 7)}
 _CONV = {2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
@@ -38,12 +41,12 @@ def ntuple(value: Sizes, ndim: int, what: str = "size") -> tuple[int, ...]:
 
 def channels_first(x: Tensor) -> Tensor:
     """View (B, *S, C) as (B, C, *S)."""
-    return x.movedim(-1, 1)
+    return x.permute(_FIRST[x.ndim])
 
 
 def channels_last(x: Tensor) -> Tensor:
     """(B, C, *S) as a contiguous (B, *S, C): a view where the memory is channels last already, else one copy."""
-    return x.movedim(1, -1).contiguous()
+    return x.permute(_LAST[x.ndim]).contiguous()
 
 
 def _rank2(x: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _in_one_pass(x: Tensor, weight: Tensor, stride, groups: int, shortcut: Tenso
 
 def _half(x: Tensor) -> bool:
     """Whether a convolution of `x` runs in bfloat16 on the CPU."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return False
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         return torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -143,6 +146,8 @@ class Conv(nn.Module):
         single = math.prod(self.kernel) == 1 and not any(self.padding)
         self.pointwise = single and groups == 1
         self.sampled = single and math.prod(self.stride) > 1
+        self.dim = dim
+        self.span = math.prod(self.kernel) * dim // groups  # numbers of the input that make one of the output
         apart = self.kernel == self.stride and not any(self.padding) and max(self.dilation) == 1
         self.patches = apart and groups == 1 and not single
         self.widened = dim == 2 and groups == 1 and max(self.kernel) >= 32
@@ -182,8 +187,8 @@ class Conv(nn.Module):
         if self.patches and self._multiplies(x, weight):
             return kernels.linear(self._cells(x), weight.movedim(1, -1).flatten(1), bias, act, shortcut)
         padding = self.padding
-        exporting = torch.compiler.is_exporting()  # other runtimes have other kernels
-        if any(self.grown) and x.device.type == "cpu" and not torch.is_grad_enabled() and not exporting:
+        if any(self.grown) and x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            # (in exported programs not, other runtimes have other kernels)
             # torch 2.15's depthwise kernels of 13 cells, channels last, take 1.7 (bfloat16) to 4 times (float32) as
             # long as those of 15; a rim of zeros changes nothing else, but its gradient is slow: only without one
             weight = F.pad(weight, [n for n in reversed(self.grown) for _ in range(2)])
@@ -199,10 +204,10 @@ class Conv(nn.Module):
         Its CPU gradients are: in bfloat16 those of 32 x 32 pixels take 23 times the product's time. In inference the
         copy of the patches pays for large weights only.
         """
-        if x.device.type != "cpu" or tracing():
+        if not x.is_cpu or tracing():
             return False
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return weight[0].numel() >= 512
+            return self.span >= 512
         return weight.numel() > (2**18 if x.dtype == torch.bfloat16 else 2**20)
 
     def _cells(self, x: Tensor) -> Tensor:
@@ -244,6 +249,10 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all axes but the last: (B, *S, C) -> (B, *S, C), any rank."""
 
     def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None and not tracing():  # torch's module takes longer than a small map
+            rows = x.reshape(-1, x.shape[-1])
+            return F.batch_norm(rows, mean, var, self.weight, self.bias, False, 0.0, self.eps).view(x.shape)
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
