@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vertebra.deploy.packing import pack
 from vertebra.layers import Conv, Linear, Mlp, SqueezeExcite, kernels
 from vertebra.layers.conv import ConvNorm
 from vertebra.layers.kernels import activation, plus, then, usable
@@ -184,3 +185,27 @@ def test_activations_that_onednn_knows():
     assert activation(None) == activation(nn.Identity()) == kernels.NONE
     assert activation(nn.ReLU6()) == ("hardtanh", [0.0, 6.0], "")
     assert activation(nn.ELU()) is None
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_size_is_compared_while_tracing(fused, deployed, monkeypatch):
+    """A program traced at a small map is right for a large one."""
+    monkeypatch.setattr(kernels, "SMALL", 2**14)  # reached within the sizes below
+    net = nn.Sequential(
+        *(ConvNorm(2, 8, 8, k, groups=g, act=nn.ReLU) for k, g in ((1, 1), (3, 1), (3, 8))),
+        Mlp(8, 16),
+        Conv(2, 8, 8, 2, 2),
+    )
+    net = net.eval().requires_grad_(False)
+    if fused:
+        for i in range(3):
+            net[i] = net[i].fuse(published=False)
+    if deployed:
+        pack(net)
+    sides = {i: torch.export.Dim(f"s{i}", min=4, max=400) for i in (1, 2)}
+    with torch.no_grad():
+        program = torch.export.export(net, (torch.randn(1, 6, 8, 8),), dynamic_shapes=(sides,)).module()
+        for size in ((4, 4), (7, 9), (100, 90)):
+            x = torch.randn(1, *size, 8)
+            assert error(program(x), net(x)) <= 1e-5

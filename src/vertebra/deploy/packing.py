@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import kernels
-from ..layers.cached import version
+from ..layers.cached import tracing, version
 from ..layers.kernels import Linear
 from ..layers.space import Conv, _wrong_in_half, channels_first, channels_last
 
@@ -39,6 +39,8 @@ class _Packed(nn.Module):
         self._version = -1
 
     def _ready(self, x: Tensor, weight: Tensor) -> bool:
+        if tracing():
+            return False
         large = x.dtype != torch.float32 or x.numel() * self._work >= kernels.SMALL
         return large and kernels.usable(x, weight)
 

@@ -72,13 +72,13 @@ class ConvNorm(nn.Module):
     def _folds(self, x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> bool:
         """Whether it is sooner in inference to scale the weight, which is small, than the map that comes out."""
         return (
-            x.numel() >= _LEAST
+            not tracing()
+            and x.numel() >= _LEAST
             and type(norm) is BatchNorm
             and type(conv) is Conv
             and not norm.training
             and not self.act_first
             and not torch.is_grad_enabled()
-            and not tracing()
             and not hooked(conv, norm, act)
             and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
             and _FOLD * conv.span * math.prod(conv.stride) * conv.dim < x.numel()

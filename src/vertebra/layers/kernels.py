@@ -141,7 +141,8 @@ def linear(
 ) -> Tensor:
     """act(x weight^T + bias + shortcut) by what is fastest, for x (..., in) and weight (out, in): (..., out)."""
     if x.dtype == torch.float32:
-        pays = not isinstance(act, None | nn.Identity) and x.numel() * weight.shape[0] >= SMALL
+        follows = not isinstance(act, None | nn.Identity)
+        pays = follows and not tracing() and x.numel() * weight.shape[0] >= SMALL
     else:
         pays = True  # torch's own writes the bias first
     if pays and usable(x, weight) and adds(x, shortcut):

@@ -85,6 +85,8 @@ def conv(
 
 def _in_one_pass(x: Tensor, weight: Tensor, stride, groups: int, shortcut: Tensor | None) -> bool:
     """Whether oneDNN's kernel should add the shortcut and apply the activation."""
+    if tracing():
+        return False
     large = groups > 1 or x.numel() * weight.numel() >= kernels.SMALL * weight.shape[1] * math.prod(stride)
     return (large or x.dtype == torch.bfloat16) and kernels.adds(x, shortcut) and kernels.usable(x, weight)
 
