@@ -35,8 +35,12 @@ class Unit(ConvNorm):
     faster.
     """
 
+    def ordered(self, x: Tensor) -> bool:
+        """Whether `x` is added up in the published order."""
+        return not self.training and x.dtype not in (torch.bfloat16, torch.float16)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or x.dtype in (torch.bfloat16, torch.float16):
+        if not self.ordered(x):
             return super().forward(x)
         return self.act(conv_norm_channels_first(x, self.conv, self.norm))
 
@@ -174,7 +178,8 @@ class EfficientViT(Backbone):
                 nn.init.zeros_(last.norm.weight)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.stem(x)
+        first = self.stem[0]
+        return self.stem(x if isinstance(first, Unit) and first.ordered(x) else x.contiguous())
 
 
 def _variant(size, dims, depths, heads, params, gmacs, top1, kernels=(7, 5, 3, 3), **more) -> Variant:
