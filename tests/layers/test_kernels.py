@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vertebra.deploy.packing import pack
-from vertebra.layers import Conv, Linear, Mlp, SqueezeExcite, kernels
+from vertebra.layers import Conv, DeformConv, Linear, Mlp, SqueezeExcite, kernels
 from vertebra.layers.conv import ConvNorm
 from vertebra.layers.kernels import activation, plus, then, usable
 
@@ -28,6 +28,7 @@ LAYERS = {
     "kernel 13": (lambda: Conv(2, 24, 24, 13, groups=24), (2, 9, 8, 24)),
     "pointwise": (lambda: Conv(2, 24, 32), (2, 9, 8, 24)),
     "sampled": (lambda: Conv(2, 24, 32, stride=2), (2, 9, 8, 24)),
+    "deformed": (lambda: DeformConv(2, 24, 32), (2, 9, 8, 24)),
     "narrow in half": (lambda: Conv(2, 7, 8, 7, 4), (2, 32, 31, 7)),
 }
 needs_half = pytest.mark.skipif(not kernels.present(torch.bfloat16), reason="a processor without bfloat16 kernels")

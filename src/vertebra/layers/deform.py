@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cached import sized_cache
+from .kernels import after
 from .space import Conv, Sizes, grid_sample
 from .window import _spread
 
@@ -74,5 +75,6 @@ class DeformConv(Conv):
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return deform_conv(x, self.conv_offset(x), self.weight, self.bias, self.stride, self.padding, self.dilation)
+    def forward(self, x: Tensor, act: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
+        options = self.stride, self.padding, self.dilation
+        return after(deform_conv(x, self.conv_offset(x), self.weight, self.bias, *options), act, shortcut)
