@@ -173,6 +173,8 @@ def test_a_watched_layer_shows_its_own_output(small):
     block.norm.register_forward_hook(lambda module, args, y: seen.append(y))
     assert error(plus(block, x, x), want) <= 1e-6
     assert error(block(x, x), want) <= 1e-6
+    block.act = nn.ReLU()
+    assert error(block(x, x), want.relu()) <= 1e-6 and error(block(x), (want - x).relu()) <= 1e-6
     assert all(error(y, want - x) <= 1e-6 for y in seen[1:])  # not written over by the sum
 
 

@@ -65,8 +65,8 @@ class ConvNorm(nn.Module):
         if isinstance(norm, nn.Identity) and getattr(conv, "takes_act", False) and not hooked(conv, act):
             return conv(x, act, shortcut)
         x = norm(conv(x))
-        if shortcut is not None and hooked(conv, norm):  # who watches them is to keep what they gave
-            return act(x + shortcut)
+        if hooked(conv, norm):  # who watches them is to keep what they gave
+            return act(x if shortcut is None else x + shortcut)
         return after(x, act, shortcut)
 
     def _folds(self, x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> bool:

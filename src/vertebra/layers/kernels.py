@@ -18,6 +18,7 @@ Act = tuple[str, list[float], str]  # oneDNN's name of an activation, its number
 
 NONE: Act = ("none", [], "")
 DTYPES = (torch.float32, torch.bfloat16)
+_OVER = {nn.ReLU: F.relu, nn.ReLU6: F.relu6, nn.SiLU: F.silu, nn.Hardswish: F.hardswish}  # can be done in place
 SMALL = 2**24  # float32 multiplications up to which torch's own call, which starts sooner, is the faster one
 
 
@@ -121,14 +122,16 @@ def convolution(
 
 
 def after(y: Tensor, act: nn.Module | None, shortcut: Tensor | None = None) -> Tensor:
-    """act(y + shortcut) in passes of their own; without gradients the sum overwrites `y`, which nothing else may read.
+    """act(y + shortcut) in passes of their own; without gradients both overwrite `y`, which nothing else may read.
 
-    (With them it must not: `y` is a view, and for what is written into a view autograd copies the whole gradient.)
+    (With them they must not: `y` is a view, and for what is written into a view autograd copies the whole gradient.)
     """
+    over = not torch.is_grad_enabled() and not tracing()
     if shortcut is not None:
-        kept = torch.is_grad_enabled() or y.dtype != shortcut.dtype
-        y = y + shortcut if kept else y.add_(shortcut)
-    return y if act is None else act(y)
+        y = y.add_(shortcut) if over and y.dtype == shortcut.dtype else y + shortcut
+    if act is None:
+        return y
+    return _OVER[type(act)](y, inplace=True) if over and type(act) in _OVER and not hooked(act) else act(y)
 
 
 def adds(x: Tensor, shortcut: Tensor | None) -> bool:

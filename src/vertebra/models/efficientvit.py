@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone, Stage, plus_one
 from ..layers import BatchNorm, ConvNorm, SqueezeExcite, conv_norm_channels_first, make_divisible, ntuple
+from ..layers.kernels import after
 from ..layers.reparam import fold
 from ..mixers import CascadedGroupAttention
 from ..registry import Family, Variant, Weights
@@ -42,7 +43,7 @@ class Unit(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.ordered(x):
             return super().forward(x)
-        return self.act(conv_norm_channels_first(x, self.conv, self.norm))
+        return after(conv_norm_channels_first(x, self.conv, self.norm), self.act)
 
     def fuse(self, published: bool = True) -> nn.Module:
         return nn.Sequential(OrderedDict(fused=fold(self.conv, self.norm), act=self.act)).train(self.training)
