@@ -562,20 +562,24 @@ def test_two_recompilations_over_three_sizes_at_most(net, graphs, dense):
 
 @pytest.mark.parametrize(("net", "graphs"), [("resnet", 2), ("vit", 2)] + [slow(net, 3) for net in EVERY])
 def test_two_recompilations_in_training_at_most(net, graphs):
-    model = make(net, **SHORT.get(net, {})).train()
+    # float64: in float32 a gradient of 1e-7, what sums leave of much larger parts, is rounding in either program. Some
+    # are zero by nature, as of a bias in front of a batch norm: they are known to the last digits of the largest one
+    model = make(net, **SHORT.get(net, {})).train().double()
     plain = copy.deepcopy(model)
     compiled = Compiled(model)
     for batch, extra in ((2, 5), (3, 12), (2, 19)):
-        x = image(model, batch, extra)
+        x = image(model, batch, extra).double()
         outputs = []
         for call in (compiled, plain):
             torch.manual_seed(3)
             outputs.append(flat(call(x)))
             outputs[-1].square().sum().backward()
         assert error(*outputs) <= 1e-5
+    largest = max(p.grad.abs().max().item() for p in plain.parameters() if p.grad is not None)
     for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         if p.requires_grad:
-            assert torch.allclose(p.grad, q[1].grad, rtol=1e-4, atol=1e-5 * q[1].grad.abs().max().item()), name
+            floor = max(1e-5 * q[1].grad.abs().max().item(), 1e-13 * largest)
+            assert torch.allclose(p.grad, q[1].grad, rtol=1e-4, atol=floor), name
     assert 2 <= compiled.graphs <= graphs
 
 
