@@ -466,4 +466,10 @@ def main() -> None:
             raise
         print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    processes = sys.modules.get("torch.distributed")
+    if processes is not None and processes.is_available() and processes.is_initialized():
+        from .train.strategies import leave
+
+        leave(code)
+    sys.exit(code)

@@ -5,10 +5,12 @@ A file never knows how a run was spread: states are gathered whole before they a
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,6 +89,18 @@ def make_fabric(config: Config) -> Fabric:
     except (RuntimeError, ValueError, ImportError) as e:  # no such device, or fewer than asked for
         raise ConfigError(" ".join(str(e).split())) from e
     return fabric
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, one of several, with exit status `code`; the interpreter is not taken down.
+
+    The threads of gloo drop the last tensors when they come to it, which takes an interpreter: one that is going aborts
+    the whole run after its last file was written (pytorch/pytorch#179291). A destroyed group may still have them.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def spread_out(net: nn.Module, fabric: Fabric) -> nn.Module:
