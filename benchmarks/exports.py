@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "results" / "exports.csv"
-FIXED = " of one size"
+FIXED, MULTIPLES = SIZES = " of one size", " of sizes in 32s"
 COLUMNS = ("family", "model", "format", "seconds", "bytes", "dynamic", "default", "odd", "minimum", "mixed", "error")
 
 
@@ -52,13 +52,19 @@ def one(name: str, to: str, threads: int) -> dict[str, object]:
     import torch
 
     import vertebra
+    from vertebra.deploy.inputs import usual_sides
 
     torch.set_num_threads(threads)
     model = vertebra.create_model(name).eval()
     lively(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("net.onnx" if to == "onnx" else "net.pt2")
-        made = vertebra.export(model, path, to.removesuffix(FIXED), dynamic="batch" if to.endswith(FIXED) else True)
+        options = {}
+        if to.endswith(FIXED):
+            options = {"dynamic": "batch"}
+        elif to.endswith(MULTIPLES) and not model.EXPORT:
+            options = {"multiple": 32, "sides": [-(-side // 32) * 32 for side in usual_sides(model)]}
+        made = vertebra.export(model, path, to.removesuffix(FIXED).removesuffix(MULTIPLES), **options)
     worst = list(made.errors.values())  # two batches at each size
     sizes = ("default", "odd", "minimum", "mixed")
     errors = {key: f"{max(worst[2 * i : 2 * i + 2]):.1e}" for i, key in enumerate(sizes) if 2 * i < len(worst)}
@@ -98,7 +104,7 @@ def write(rows: list[dict[str, object]], mode: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=["torch-export", "onnx", "aoti", "aoti" + FIXED])
+    parser.add_argument("--formats", nargs="+", default=["torch-export", "onnx", "aoti", *("aoti" + s for s in SIZES)])
     parser.add_argument("--families", nargs="+", metavar="PATTERN", default=["*"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for each export with its verification")

@@ -107,13 +107,38 @@ def test_a_program_refuses_what_the_model_refuses(tmp_path):
     vertebra.export(model, path, verify=False)
     run = vertebra.load_exported(path, trusted=True)
     assert run(torch.randn(1, 2, 32, 32)).shape == (1, 3)
-    with pytest.raises(AssertionError, match="Guard failed"):
-        run(torch.randn(1, 2, 31, 32))
+    for shape, needed in [
+        ((1, 2, 31, 32), "every side must be at least 32"),
+        ((1, 3, 32, 32), r"\(B, 2, \*S\) with 2 sizes"),
+        ((1, 2, 32), r"\(B, 2, \*S\) with 2 sizes"),
+    ]:
+        with pytest.raises(ValueError, match=needed):
+            run(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_sizes_that_are_multiples(name, tmp_path):
+    model, path = small(name), tmp_path / "net.pt2"
+    report = vertebra.export(model, path, multiple=16)
+    shapes = ["32x32", "48x80", "16x16", "16x48"] if model.min_size == 16 else ["32x32", "48x80", "16x16", "16x32"]
+    assert list(report.errors) == [f"{batch}x2x{size}" for size in shapes for batch in (1, 3)]
+    assert max(report.errors.values()) <= 1e-5 and report.metadata["multiple"] == 16
+    run = vertebra.load_exported(path, trusted=True)
+    x = torch.randn(5, 2, 96, 112)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"every side must be at least \d+ and be a multiple of 16"):
+        run(torch.randn(1, 2, 96, 100))
+    for wrong in (0, 24):
+        with pytest.raises(ValueError, match=rf"divide the sides \(32, 32\), got {wrong}"):
+            vertebra.export(model, path, multiple=wrong)
 
 
 def test_a_static_file_has_one_shape(tmp_path):
     report = vertebra.export(small(), tmp_path / "net.pt2", dynamic=False, sides=(40, 33))
     assert report.dynamic == () and list(report.errors) == ["1x2x40x33"]
+    with pytest.raises(ValueError, match="the file takes batches of 1"):
+        vertebra.load_exported(tmp_path / "net.pt2", trusted=True)(torch.randn(2, 2, 40, 33))
 
 
 def test_a_file_of_one_size_takes_any_batch(tmp_path):
@@ -121,7 +146,7 @@ def test_a_file_of_one_size_takes_any_batch(tmp_path):
     report = vertebra.export(small(), path, dynamic="batch", sides=(40, 33))
     assert report.dynamic == ("batch",) and list(report.errors) == ["1x2x40x33", "3x2x40x33"]
     assert report.metadata["sizes"] == [40, 33] and report.metadata["batch"] == "any"
-    with pytest.raises(AssertionError, match="Guard failed"):
+    with pytest.raises(ValueError, match=r"the file takes sides \(40, 33\)"):
         vertebra.load_exported(path, trusted=True)(torch.randn(1, 2, 40, 40))
     with pytest.raises(ValueError, match="dynamic is True, \"batch\" or False, got 'all'"):
         vertebra.export(small(), path, dynamic="all")
@@ -185,3 +210,35 @@ def test_worst_error_is_relative_to_each_output():
     assert exporting._worst([one, 100 * one + 2], [one, 100 * one]) == pytest.approx(0.01)
     assert exporting._worst(one * float("nan"), one) == float("inf")
     assert exporting._worst(one[:1], one) == float("inf")
+
+
+def test_a_program_holds_no_cast_that_does_nothing(tmp_path):
+    class Casts(nn.Module):
+        def forward(self, x):
+            return x.float() + x.double().float()
+
+    x = torch.randn(3)
+    program = torch.export.export(Casts(), (x,))
+    exporting._drop_casts(program.graph)
+    program.graph.lint()
+    casts = [node.args[1] for node in program.graph.nodes if node.target is torch.ops.aten.to.dtype]
+    assert casts == [torch.float64, torch.float32]
+    assert not any("metadata" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), 2 * x)
+
+
+def test_a_small_number_is_not_lost_in_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Shares(nn.Module):
+        def forward(self, x):
+            return x / (x.abs().sum(-1, keepdim=True) + 1e-12)  # onnxscript's rewriting takes it for "+ 0"
+
+    x = torch.tensor([[0.0, 0.0], [3.0, 1.0]])
+    with exporting._quiet():
+        exporting._write_onnx(
+            torch.export.export(Shares(), (x,)), tmp_path / "s.onnx", {"outputs": 1, "features": False}
+        )
+    session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"), providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), Shares()(x))

@@ -350,6 +350,7 @@ def export(
     features: Annotated[bool, typer.Option("--features", help="The dense version: a list of maps.")] = False,
     static: Annotated[bool, typer.Option("--static", help="Batch 1 and one size.")] = False,
     fixed_size: Annotated[bool, typer.Option("--fixed-size", help="Any batch, one size; sooner for aoti.")] = False,
+    multiple: Annotated[int, typer.Option(help="Any size that is a multiple of this; 32 is sooner for aoti.")] = 1,
     verify: Annotated[bool, typer.Option(help="Run the file at several sizes and compare with the model.")] = True,
 ) -> None:
     """Write a network as a file that runs without its source code, at any batch and size."""
@@ -365,7 +366,7 @@ def export(
         ).eval()
         path = out or Path(Path(name).stem + FORMATS[to])
         try:
-            made = vertebra.export(model, path, to, sides=img_size, dynamic=dynamic, verify=verify)
+            made = vertebra.export(model, path, to, sides=img_size, dynamic=dynamic, multiple=multiple, verify=verify)
         except ExportError as error:
             _fail(str(error), 1)
     free = ", ".join(made.dynamic) or "nothing"

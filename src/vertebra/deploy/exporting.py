@@ -66,9 +66,26 @@ class Exported:
         self.format, self.metadata, self._run = format, metadata, run
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Raises ValueError for an input that the file was not made for; machine code itself would not notice."""
+        self._check(x)
         with torch.no_grad():
             found = list(self._run(x))
         return found if self.metadata.get("features") else found[0]
+
+    def _check(self, x: Tensor) -> None:
+        notes, given = self.metadata, tuple(x.shape)
+        chans, ndim, batch, sizes = (notes.get(key) for key in ("in_chans", "ndim", "batch", "sizes"))
+        least, multiple = notes.get("min_size", 1), notes.get("multiple", 1)
+        if len(given) != ndim + 2 or given[1] != chans:
+            raise ValueError(f"input {given}: the file takes (B, {chans}, *S) with {ndim} sizes")
+        if batch != "any" and given[0] != batch:
+            raise ValueError(f"input {given}: the file takes batches of {batch}")
+        if sizes == "any":
+            if min(given[2:]) < least or any(side % multiple for side in given[2:]):
+                of = f" and be a multiple of {multiple}" if multiple > 1 else ""
+                raise ValueError(f"input {given}: every side must be at least {least}{of}")
+        elif list(given[2:]) != list(sizes):
+            raise ValueError(f"input {given}: the file takes sides {tuple(sizes)}")
 
 
 class _Flat(nn.Module):
@@ -107,21 +124,27 @@ def _called(backbone: Backbone) -> str:
     return backbone.recipe.get("name") or type(backbone).__name__
 
 
-def _traced(least: int, ndim: int) -> tuple[int, ...]:
+def _up(side: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-side // multiple) * multiple
+
+
+def _traced(least: int, ndim: int, multiple: int = 1) -> tuple[int, ...]:
     """The example's sides: no multiple of a window or a stride, several cells and windows in every stage."""
     cells = (17, 19, 18) if least <= 16 else (9, 10, 9)
-    return tuple(n * least + 3 * (axis % 2) for axis, n in zip(range(ndim), cells, strict=False))
+    return tuple(_up(n * least + 3 * (axis % 2), multiple) for axis, n in zip(range(ndim), cells, strict=False))
 
 
-def _shapes(model: Any, usual: tuple[int, ...], free: bool, dynamic: bool) -> list[tuple[int, ...]]:
+def _shapes(model: Any, usual: tuple[int, ...], free: bool, dynamic: bool, multiple: int) -> list[tuple[int, ...]]:
     """Input shapes at which an artefact is run: default, odd and minimum size, and one side of the minimum alone."""
     least, chans = model.min_size, model.in_chans
     sizes = [usual]
     if free:
-        sizes.append(tuple(side + 5 + 8 * axis for axis, side in enumerate(usual)))
-        sizes.append((least,) * model.ndim)
+        more = (5, 13, 21) if multiple == 1 else (multiple, 3 * multiple, 5 * multiple)
+        sizes.append(tuple(side + n for side, n in zip(usual, more, strict=False)))
+        sizes.append((_up(least, multiple),) * model.ndim)
         if model.ndim > 1:
-            sizes.append((least, *(2 * least + 3 for _ in usual[1:])))
+            sizes.append((_up(least, multiple), *(_up(2 * least + 3, multiple) for _ in usual[1:])))
     return [(batch, chans, *size) for size in sizes for batch in (BATCHES if dynamic else (1,))]
 
 
@@ -172,23 +195,39 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _trace(model: Any, example: Tensor, free: Sequence[int]) -> torch.export.ExportedProgram:
-    """The program of `model` with the axes `free` of its input symbolic."""
+def _trace(model: Any, example: Tensor, free: Sequence[int], multiple: int = 1) -> torch.export.ExportedProgram:
+    """The program of `model` with the axes `free` of its input symbolic, sides as multiples of `multiple`."""
     from torch.fx.experimental import _config
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges
 
-    dims = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),) if free else None
+    dims: dict[int, Any] = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    if multiple > 1:
+        dims |= {axis: multiple * torch.export.Dim(f"cells{axis - 2}") for axis in free if axis}
     with torch.no_grad(), one_trace(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        program = torch.export.export(model, (example,), dynamic_shapes=dims)
+        program = torch.export.export(model, (example,), dynamic_shapes=(dims,) if free else None)
     value = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "x").meta["val"]
     for axis in free:
         if isinstance(value.shape[axis], int):
             raise ExportError(f"axis {axis} of the input became fixed at {value.shape[axis]} while tracing")
         least = 1 if axis == 0 else model.model.min_size
-        program.range_constraints[value.shape[axis].node.expr] = ValueRanges(least, int_oo)
+        side = value.shape[axis].node.expr
+        program.range_constraints[side] = ValueRanges(_up(least, multiple) if axis else 1, int_oo)
+        for symbol in side.free_symbols - {side}:
+            program.range_constraints[symbol] = ValueRanges(_up(least, multiple) // multiple, int_oo)
+    _drop_casts(program.graph)
     program._guards_code = []  # the example's conditions; see the top of this file
     return program
+
+
+def _drop_casts(graph: torch.fx.Graph) -> None:
+    """Without casts of what has the type already and the checks before them: a twelfth of TransNeXt's nodes."""
+    for node in reversed(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.to.dtype and node.args[1:] == (node.args[0].meta["val"].dtype,):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 # --- the three formats ------------------------------------------------------------------------------------------------
@@ -203,12 +242,35 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, notes: dict[s
     names = [f"map{i}" for i in range(notes["outputs"])] if notes["features"] else ["output"]
     made = torch.onnx.export(
         program, None, dynamo=True, opset_version=OPSET, verbose=False, input_names=["x"], output_names=names,
-        custom_translation_table={torch.ops.aten.remainder.Scalar: _remainder},
+        custom_translation_table={torch.ops.aten.remainder.Scalar: _remainder}, optimize=False,
     )  # fmt: skip
     if made is None:
         raise ExportError("torch gave no ONNX program")
+    _simplify(made.model)
     made.model.metadata_props["vertebra"] = json.dumps(notes)
     made.save(str(file), external_data=False)
+
+
+def _simplify(model: Any) -> None:
+    """Constants folded, what is twice there once: in place.
+
+    torch's own `optimize` also rewrites patterns, one of them in the square of the nodes (240 s for TransNeXt, 3 s
+    here); it drops "+ 1e-8" and paddings of weights too. onnxruntime fuses what pays when it opens the file.
+    """
+    from onnx_ir.passes import Sequential, common
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(model)
+    Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def _remainder(x: Any, n: Any) -> Any:
@@ -362,6 +424,7 @@ def export(
     *,
     sides: int | Sequence[int] | None = None,
     dynamic: bool | Literal["batch"] = True,
+    multiple: int = 1,
     fuse: bool = True,
     features: bool = False,
     verify: bool = True,
@@ -375,7 +438,9 @@ def export(
             files of the first and the last end in .pt2.
         sides: the size to verify first, and the only one of a static file (default: the model's own).
         dynamic: free batch and sizes, from `model.min_size` up; "batch" fixes `sides`, False batch 1 too. A model whose
-            `EXPORT` gives a reason keeps its size either way. "aoti" takes minutes for free sizes of most networks.
+            `EXPORT` gives a reason keeps its size either way.
+        multiple: free sizes are multiples of this; "aoti" takes minutes for most networks with 1, a minute or two with
+            their largest stride, 32: rounded-up divisions become plain ones.
         fuse: export the fused network (`vertebra.fuse` with published=False); same outputs.
         features: export the list of feature maps: `forward` of a features_only model, else `forward_intermediates`.
         verify: run the file at the default, an odd and the smallest size, batches 1 and 3, and compare with the model:
@@ -400,22 +465,25 @@ def export(
     if dynamic not in (True, "batch", False):
         raise ValueError(f'dynamic is True, "batch" or False, got {dynamic!r}')
     free = dynamic is True and not backbone.EXPORT
+    if multiple < 1 or (free and any(side % multiple for side in usual)):
+        raise ValueError(f"multiple must be at least 1 and divide the sides {usual}, got {multiple}")
     axes = [0, *(range(2, 2 + backbone.ndim) if free else ())] if dynamic else []
 
     start = time.perf_counter()
     exported = copy.deepcopy(model) if not fuse else fuse_model(model, published=False)
     flat = _Flat(exported, maps and not backbone.features_only).eval().requires_grad_(False)
-    shape = (2 if dynamic else 1, model.in_chans, *(_traced(model.min_size, backbone.ndim) if free else usual))
-    example = next(model.parameters()).new_zeros(shape)
+    traced = _traced(model.min_size, backbone.ndim, multiple) if free else usual
+    example = next(model.parameters()).new_zeros((2 if dynamic else 1, backbone.in_chans, *traced))
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")  # beside it, for an atomic rename
     errors: dict[str, float] = {}
     try:
         try:
             with _quiet(), _plain_attention(to):
-                program = _trace(flat, example, axes)
+                program = _trace(flat, example, axes, multiple if free else 1)
                 count = len(program.graph_signature.user_outputs)
                 about = {"format": to, "features": maps, "outputs": count, "batch": "any" if dynamic else 1}
-                notes = _metadata(model, backbone, usual, sizes="any" if free else list(usual), **about)
+                about |= {"sizes": "any", "multiple": multiple} if free else {"sizes": list(usual)}
+                notes = _metadata(model, backbone, usual, **about)
                 _WRITERS[to](program, temporary, notes)
         except (ExportError, OSError):
             raise
@@ -424,7 +492,8 @@ def export(
         seconds = time.perf_counter() - start
         size = temporary.stat().st_size
         if verify:
-            errors = _verify(load_exported(temporary, True), flat, _shapes(model, usual, free, bool(dynamic)), example)
+            shapes = _shapes(model, usual, free, bool(dynamic), multiple)
+            errors = _verify(load_exported(temporary, True), flat, shapes, example)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -206,12 +205,9 @@ class AggregatedAttention(_Cosine):
     def _window(self, x: Tensor) -> list[Tensor]:
         """(B, *S, heads, D) at each place of the window, row-major, as views (B, *S, heads, D) of the padded map."""
         sides, half = x.shape[1:-2], self.kernel // 2
-        padded, views = F.pad(x, [0, 0, 0, 0, *(half,) * (2 * self.ndim)]), []
-        for place in itertools.product(range(self.kernel), repeat=self.ndim):
-            view = padded
-            for axis, (start, side) in enumerate(zip(place, sides, strict=True), start=1):
-                view = view.narrow(axis, start, side)
-            views.append(view)
+        views = [F.pad(x, [0, 0, 0, 0, *(half,) * (2 * self.ndim)])]
+        for axis, side in enumerate(sides, start=1):
+            views = [view.narrow(axis, start, side) for view in views for start in range(self.kernel)]
         return views
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,10 +233,10 @@ class AggregatedAttention(_Cosine):
         y, share = y[..., :-1], y[..., -1:]
         learned = torch.einsum("...hd,hdk->...hk", q.to(self.tokens.dtype), self.tokens)
         weights = local * (share / total) + learned
-        weights = (weights + self.token_bias.squeeze(1)).to(v.dtype)
+        weights = (weights + self.token_bias.squeeze(1)).to(v.dtype).unsqueeze(-2)
         y = y.clone()  # fused attention keeps its own for the backward pass
         for weight, near in zip(weights.unbind(-1), self._window(v.unflatten(-1, (self.heads, -1))), strict=True):
-            y.addcmul_(weight.unsqueeze(-1), near)
+            y.addcmul_(weight, near)
         return self.proj(y.flatten(-2))
 
     @staticmethod
