@@ -565,6 +565,9 @@ def test_two_recompilations_in_training_at_most(net, graphs):
     # float64: in float32 a gradient of 1e-7, what sums leave of much larger parts, is rounding in either program. Some
     # are zero by nature, as of a bias in front of a batch norm: they are known to the last digits of the largest one
     model = make(net, **SHORT.get(net, {})).train().double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0  # a program of any size draws for places that are only padding too (ScopeViT's offsets)
     plain = copy.deepcopy(model)
     compiled = Compiled(model)
     for batch, extra in ((2, 5), (3, 12), (2, 19)):

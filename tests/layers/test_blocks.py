@@ -340,7 +340,7 @@ def test_patch_embed(ndim):
     padded.load_state_dict(embed.state_dict())
     z = padded(x)
     assert z.shape == (2, *(-(-s // 4) for s in x.shape[1:-1]), 5)
-    assert torch.equal(z[:, *(slice(0, s) for s in whole)], y)
+    close(z[:, *(slice(0, s) for s in whole)], y)  # sums may be taken in another order
 
 
 def test_overlapping_patches_with_a_norm():
