@@ -15,8 +15,9 @@ from torch import nn
 import vertebra
 from vertebra import cli
 from vertebra.inspect import bench as bench_module
-from vertebra.inspect import bench_report, count_macs, peers
-from vertebra.inspect.bench import COLUMNS, Settings, bench, resolve_names, smallest_of_families
+from vertebra.inspect import bench_figures, bench_report, count_macs, peers
+from vertebra.inspect.bench import Settings, bench, resolve_names, smallest_of_families
+from vertebra.inspect.bench_figures import COLUMNS
 from vertebra.inspect.bench_report import read_rows, write_rows
 
 TIMM = [  # the columns of timm's benchmark.py
@@ -48,7 +49,7 @@ ALONE = {"infer float32": [0.3, 0.2, 0.5], "peer float32": [0.3, 0.3, 0.3], "dep
 
 
 def test_ratios_are_medians_of_the_rounds_own_ratios():
-    row = bench_module.inference_figures("float32", TIMES, ALONE, 8, macs=5e9, matmul_macs=1e10)
+    row = bench_figures.inference_figures("float32", TIMES, ALONE, 8, macs=5e9, matmul_macs=1e10)
     assert row["infer_ratio"] == 2.0  # of 3, 1, 2; the ratio of the medians would be 1.5
     assert row["deploy_ratio"] == pytest.approx(3.2)  # of 6, 2, 3.2
     assert row["deploy_ratio_float32"] == row["deploy_ratio"]
@@ -62,15 +63,15 @@ def test_ratios_are_medians_of_the_rounds_own_ratios():
 
 
 def test_a_lower_precision_is_set_beside_the_peers_float32():
-    row = bench_module.inference_figures("bfloat16", TIMES, {}, 8, macs=5e9, matmul_macs=1e10)
+    row = bench_figures.inference_figures("bfloat16", TIMES, {}, 8, macs=5e9, matmul_macs=1e10)
     assert row["deploy_ratio_float32"] == 12.0  # of 12, 4, 16
     assert "deploy_ratio" not in row and "infer_ratio" not in row and "infer_latency" not in row
 
 
 def test_a_deployed_network_is_set_beside_the_peer_as_it_is_deployed():
     times = TIMES | {"merged float32": [3.0, 2.0, 4.0]}
-    row = bench_module.inference_figures("float32", times, ALONE, 8, macs=5e9, matmul_macs=1e10)
-    plain = bench_module.inference_figures("float32", TIMES, ALONE, 8, macs=5e9, matmul_macs=1e10)
+    row = bench_figures.inference_figures("float32", times, ALONE, 8, macs=5e9, matmul_macs=1e10)
+    plain = bench_figures.inference_figures("float32", TIMES, ALONE, 8, macs=5e9, matmul_macs=1e10)
     assert row["peer_deploy_step_time"] == 3000
     ours = times["deploy float32"]
     assert row["deploy_ratio"] == row["deploy_ratio_float32"] == sorted(a / b for a, b in zip([3, 2, 4], ours))[1]
@@ -93,14 +94,14 @@ def test_a_peer_is_merged_where_its_library_can():
 
 def test_training_counts_three_inferences():
     times = {"train float32": [6.0, 6.0, 12.0], "peer float32": [9.0, 6.0, 6.0], "matmul float32": [1.0, 1.0, 1.0]}
-    row = bench_module.training_figures("float32", times, 4, macs=5e9, matmul_macs=1e10)
+    row = bench_figures.training_figures("float32", times, 4, macs=5e9, matmul_macs=1e10)
     assert row["train_ratio"] == 1.0 and row["train_samples_per_sec"] == pytest.approx(4 / 6)
     assert row["train_matmul_share"] == pytest.approx(1.0)  # 60e9 in 6 s beside 10e9 in 1 s
 
 
 def test_memory_ratios_are_ours_over_theirs():
     row = {"infer_peak_mib": 3.0, "peer_infer_peak_mib": 4.0, "train_peak_mib": 3.0}
-    assert bench_module.memory_ratios(row) == {"infer_peak_ratio": 0.75}
+    assert bench_figures.memory_ratios(row) == {"infer_peak_ratio": 0.75}
 
 
 def test_rounds_alternate_and_the_first_ones_do_not_count(monkeypatch):
@@ -248,15 +249,15 @@ def test_ratios_to_an_earlier_table():
         "infer_peak_mib": 8.0,
         "train_samples_per_sec": 4.0,
     }
-    gained = bench_module.against_rows(GOOD | {"deploy_samples_per_sec": 40.0, "deploy_latency": 10.0}, [old])
+    gained = bench_figures.against_rows(GOOD | {"deploy_samples_per_sec": 40.0, "deploy_latency": 10.0}, [old])
     assert gained["ratios_of"] == "different runs" and gained["peer"] == TINY
     assert (gained["infer_ratio"], gained["latency_ratio"], gained["train_ratio"]) == (2.0, 2.0, 1.25)
     assert (gained["deploy_ratio"], gained["deploy_latency_ratio"]) == (4.0, 6.0)
     assert gained["infer_peak_ratio"] == 0.75 and gained["peer_infer_samples_per_sec"] == 10.0
     for other in ({"precision": "bfloat16"}, {"infer_img_size": 192}, {"infer_batch_size": 1}, {"model": "resnet18"}):
-        assert bench_module.against_rows(GOOD, [old | other]) == {}
+        assert bench_figures.against_rows(GOOD, [old | other]) == {}
     timms = dict.fromkeys(COLUMNS) | {"model": "gcvit_tiny", "infer_samples_per_sec": 10.0}  # says no precision
-    assert bench_module.against_rows(GOOD | {"model": "gc_vit_tiny"}, [timms])["infer_ratio"] == 2.0
+    assert bench_figures.against_rows(GOOD | {"model": "gc_vit_tiny"}, [timms])["infer_ratio"] == 2.0
 
 
 HEAD = "model,precision,infer_samples_per_sec\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.files import write_atomic
-from .bench import COLUMNS, Row
+from .bench_figures import COLUMNS, Row
 
 TEXT = ("model", "family", "precision", "peer", "peer_weights", "peer_format", "peer_train_format", "ratios_of")
 SHOWN = {  # column of the terminal -> column of the row
