@@ -52,7 +52,6 @@ def one(name: str, to: str, threads: int) -> dict[str, object]:
     import torch
 
     import vertebra
-    from vertebra.deploy.inputs import usual_sides
 
     torch.set_num_threads(threads)
     model = vertebra.create_model(name).eval()
@@ -62,8 +61,8 @@ def one(name: str, to: str, threads: int) -> dict[str, object]:
         options = {}
         if to.endswith(FIXED):
             options = {"dynamic": "batch"}
-        elif to.endswith(MULTIPLES) and not model.EXPORT:
-            options = {"multiple": 32, "sides": [-(-side // 32) * 32 for side in usual_sides(model)]}
+        elif to.endswith(MULTIPLES):
+            options = {"multiple": 32}
         made = vertebra.export(model, path, to.removesuffix(FIXED).removesuffix(MULTIPLES), **options)
     worst = list(made.errors.values())  # two batches at each size
     sizes = ("default", "odd", "minimum", "mixed")

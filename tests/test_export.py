@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import vertebra
+from vertebra import cli
 from vertebra.deploy import exporting
 from vertebra.deploy.exporting import ExportError
 from vertebra.layers.cached import one_trace
@@ -129,9 +131,14 @@ def test_sizes_that_are_multiples(name, tmp_path):
         torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"every side must be at least \d+ and be a multiple of 16"):
         run(torch.randn(1, 2, 96, 100))
-    for wrong in (0, 24):
-        with pytest.raises(ValueError, match=rf"divide the sides \(32, 32\), got {wrong}"):
-            vertebra.export(model, path, multiple=wrong)
+    assert next(iter(vertebra.export(model, path, multiple=24).errors)) == "1x2x48x48"
+    for options, message in [
+        (dict(multiple=0), "multiple is at least 1, .* got 0"),
+        (dict(multiple=16, dynamic="batch"), "1 where sizes are not free .* got 16"),
+        (dict(multiple=24, sides=32), r"sides \(32, 32\) are no multiples of 24"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vertebra.export(model, path, **options)
 
 
 def test_a_static_file_has_one_shape(tmp_path):
@@ -242,3 +249,26 @@ def test_a_small_number_is_not_lost_in_onnx(tmp_path):
         )
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"), providers=["CPUExecutionProvider"])
     torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), Shares()(x))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    def vertebra_export(*options):
+        monkeypatch.setattr(sys, "argv", ["vertebra", "export", "mobilenet_v2_w0_35", *options])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, capsys.readouterr()
+
+    path = tmp_path / "net.pt2"
+    code, said = vertebra_export("--img-size", "64", "--multiple", "32", "--out", str(path))
+    assert code == 0 and "free: batch, side 0, side 1" in said.out
+    sizes = ["64x64", "96x160", "32x32", "32x96"]
+    seen = [line.split()[2].rstrip(":") for line in said.out.splitlines() if line.startswith("verified")]
+    assert seen == [f"{batch}x3x{size}" for size in sizes for batch in (1, 3)]
+    assert vertebra.load_exported(path, trusted=True)(torch.randn(1, 3, 128, 32)).shape == (1, 1000)
+    for options, message in [
+        (("--static", "--multiple", "32"), "multiple is at least 1"),
+        (("--to", "tflite"), "unknown format 'tflite'"),
+        (("--img-size", "40", "--multiple", "32"), "sides (40, 40) are no multiples of 32"),
+    ]:
+        code, said = vertebra_export(*options)
+        assert code == 2 and said.err.startswith("error: ") and message in said.err

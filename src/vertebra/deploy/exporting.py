@@ -436,7 +436,8 @@ def export(
         to: "torch-export" (a program for `torch.export.load`), "onnx" (opset 20, weights inside), or "aoti" (machine
             code made by a C++ compiler for this machine's processor, for `torch._inductor.aoti_load_package`). The
             files of the first and the last end in .pt2.
-        sides: the size to verify first, and the only one of a static file (default: the model's own).
+        sides: the size to verify first, and the only one of a static file (default: the model's own, if need be rounded
+            up to `multiple`).
         dynamic: free batch and sizes, from `model.min_size` up; "batch" fixes `sides`, False batch 1 too. A model whose
             `EXPORT` gives a reason keeps its size either way.
         multiple: free sizes are multiples of this; "aoti" takes minutes for most networks with 1, a minute or two with
@@ -464,9 +465,13 @@ def export(
         raise ValueError(f"sides {usual} are too small: every side needs at least {model.min_size}")
     if dynamic not in (True, "batch", False):
         raise ValueError(f'dynamic is True, "batch" or False, got {dynamic!r}')
+    if multiple < 1 or (multiple > 1 and dynamic is not True):
+        raise ValueError(f"multiple is at least 1, and 1 where sizes are not free (dynamic=True), got {multiple}")
     free = dynamic is True and not backbone.EXPORT
-    if multiple < 1 or (free and any(side % multiple for side in usual)):
-        raise ValueError(f"multiple must be at least 1 and divide the sides {usual}, got {multiple}")
+    if free and sides is None:
+        usual = tuple(_up(side, multiple) for side in usual)
+    elif free and any(side % multiple for side in usual):
+        raise ValueError(f"sides {usual} are no multiples of {multiple}")
     axes = [0, *(range(2, 2 + backbone.ndim) if free else ())] if dynamic else []
 
     start = time.perf_counter()
