@@ -217,3 +217,20 @@ def test_no_size_is_compared_while_tracing(fused, deployed, monkeypatch):
         for size in ((4, 4), (7, 9), (100, 90)):
             x = torch.randn(1, *size, 8)
             assert error(program(x), net(x)) <= 1e-5
+
+
+@pytest.mark.skipif(not kernels.present(torch.float32), reason="oneDNN's kernels are used on x86 alone")
+@pytest.mark.parametrize("kind", ["linear", "conv2"])
+def test_gelu_of_small_maps_is_torchs_without_avx512(kind, small, monkeypatch):
+    layer, act = LAYERS[kind][0]().requires_grad_(False), nn.GELU()
+    x = torch.randn(LAYERS[kind][1])
+    numbers = act(layer(x)).numel()
+    if kind == "conv2":
+        numbers = x.numel() // 24 * 32 // 4  # as many as the map would have if no cell were left over
+    for wide, large, passes in [(True, numbers + 1, 0), (False, numbers + 1, 1), (False, numbers, 0)]:
+        monkeypatch.setattr(kernels, "WIDE", wide)
+        monkeypatch.setattr(kernels, "LARGE", large)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            y = then(layer, act, x)
+        assert [event.key for event in seen.key_averages()].count("aten::gelu") == passes
+        torch.testing.assert_close(y, act(layer(x)), atol=1e-5, rtol=1e-5)
