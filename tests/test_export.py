@@ -212,6 +212,24 @@ def test_untrusted_files(tmp_path):
         vertebra.load_exported(tmp_path / "bad.onnx")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"in_chans": None}, {"ndim": "2"}, {"min_size": 0}, {"multiple": 0}, {"batch": None}, {"batch": True},
+        {"sizes": "all"}, {"sizes": [32, -1]}, {"sizes": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_metadata_is_checked(wrong, tmp_path):
+    right = {"in_chans": 3, "ndim": 2, "min_size": 32, "batch": "any", "sizes": [32, 40]}
+    assert exporting._notes(json.dumps(right), tmp_path) == right | {"multiple": 1}
+    with pytest.raises(ExportError, match="does not say what the file takes"):
+        exporting._notes(json.dumps(right | wrong), tmp_path)
+    for text in (None, "", "[]", "{"):
+        with pytest.raises(ExportError, match="metadata is missing"):
+            exporting._notes(text, tmp_path)
+
+
 def test_worst_error_is_relative_to_each_output():
     one = torch.tensor([1.0, 2.0])
     assert exporting._worst([one, 100 * one + 2], [one, 100 * one]) == pytest.approx(0.01)

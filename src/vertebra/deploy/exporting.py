@@ -73,9 +73,8 @@ class Exported:
         return found if self.metadata.get("features") else found[0]
 
     def _check(self, x: Tensor) -> None:
-        notes, given = self.metadata, tuple(x.shape)
-        chans, ndim, batch, sizes = (notes.get(key) for key in ("in_chans", "ndim", "batch", "sizes"))
-        least, multiple = notes.get("min_size", 1), notes.get("multiple", 1)
+        keys = ("in_chans", "ndim", "batch", "sizes", "min_size", "multiple")
+        given, (chans, ndim, batch, sizes, least, multiple) = tuple(x.shape), (self.metadata[key] for key in keys)
         if len(given) != ndim + 2 or given[1] != chans:
             raise ValueError(f"input {given}: the file takes (B, {chans}, *S) with {ndim} sizes")
         if batch != "any" and given[0] != batch:
@@ -341,6 +340,14 @@ def _notes(text: str | bytes | None, path: Path) -> dict[str, Any]:
         notes = None
     if not isinstance(notes, dict):
         raise ExportError(f"{path}: not written by vertebra.export (its metadata is missing)")
+
+    def counts(*values: Any) -> bool:
+        return all(type(value) is int and value > 0 for value in values)
+
+    batch, sizes = notes.get("batch"), notes.get("sizes")
+    whole = counts(*(notes.get(key) for key in ("in_chans", "ndim", "min_size")), notes.setdefault("multiple", 1))
+    if not (whole and (batch == "any" or counts(batch)) and (sizes == "any" or (type(sizes) is list and counts(*sizes)))):
+        raise ExportError(f"{path}: its metadata does not say what the file takes")
     return notes
 
 
@@ -487,7 +494,7 @@ def export(
                 program = _trace(flat, example, axes, multiple if free else 1)
                 count = len(program.graph_signature.user_outputs)
                 about = {"format": to, "features": maps, "outputs": count, "batch": "any" if dynamic else 1}
-                about |= {"sizes": "any", "multiple": multiple} if free else {"sizes": list(usual)}
+                about |= {"sizes": "any" if free else list(usual), "multiple": multiple if free else 1}
                 notes = _metadata(model, backbone, usual, **about)
                 _WRITERS[to](program, temporary, notes)
         except (ExportError, OSError):
