@@ -345,8 +345,9 @@ def _notes(text: str | bytes | None, path: Path) -> dict[str, Any]:
         return all(type(value) is int and value > 0 for value in values)
 
     batch, sizes = notes.get("batch"), notes.get("sizes")
-    whole = counts(*(notes.get(key) for key in ("in_chans", "ndim", "min_size")), notes.setdefault("multiple", 1))
-    if not (whole and (batch == "any" or counts(batch)) and (sizes == "any" or (type(sizes) is list and counts(*sizes)))):
+    right = counts(*(notes.get(key) for key in ("in_chans", "ndim", "min_size")), notes.setdefault("multiple", 1))
+    right = right and (batch == "any" or counts(batch))
+    if not right or not (sizes == "any" or (isinstance(sizes, list) and counts(*sizes))):
         raise ExportError(f"{path}: its metadata does not say what the file takes")
     return notes
 
