@@ -25,6 +25,9 @@ from figures import (
 import vertebra
 
 TABLE = load_table()
+# Weights drawn for EfficientViT make softmaxes so sharp that its golden is itself 2.5e-4 from float64: only a processor
+# that takes float32 sums in the golden's order can be nearer to it than two float32 runs are to each other
+ORDERED = {"efficientvit": BAR if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 1e-3}
 
 
 def _all_rows() -> list:
@@ -41,7 +44,7 @@ def _all_rows() -> list:
 
 @pytest.mark.parametrize("stem", _all_rows())
 def test_outputs_of_official_weights(stem):
-    row, model = TABLE[stem], build(stem)
+    row, model, bar = TABLE[stem], build(stem), ORDERED.get(stem.split("/")[0], BAR)
     shapes = official_shapes(model)
     assert names_hash(shapes) == row["names"]
     assert sum(p.numel() for p in model.parameters()) == row["params"]
@@ -56,9 +59,9 @@ def test_outputs_of_official_weights(stem):
             ours = found[name]
             assert list(ours.shape) == figures["shape"]
             probes = ours.ravel()[places(ours.size)]
-            assert relative_error(probes, figures["values"], figures["largest"]) <= BAR, f"{name}{suffix}"
+            assert relative_error(probes, figures["values"], figures["largest"]) <= bar, f"{name}{suffix}"
             if full:
-                assert relative_error(ours, full[name + suffix]) <= BAR, f"{name}{suffix}"
+                assert relative_error(ours, full[name + suffix]) <= bar, f"{name}{suffix}"
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the full goldens are not here; the table above is")
