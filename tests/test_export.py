@@ -141,6 +141,14 @@ def test_sizes_that_are_multiples(name, tmp_path):
             vertebra.export(model, path, **options)
 
 
+@pytest.mark.parametrize("least", [1, 16, 32])
+@pytest.mark.parametrize("multiple", [1, 32, 100])
+def test_the_traced_sides_stand_for_all(least, multiple):
+    sides = exporting._traced(least, 3, multiple)
+    assert all(side % multiple == 0 and side >= 9 * max(least, multiple) for side in sides)
+    assert sides[0] != sides[1] != sides[2]
+
+
 def test_a_static_file_has_one_shape(tmp_path):
     report = vertebra.export(small(), tmp_path / "net.pt2", dynamic=False, sides=(40, 33))
     assert report.dynamic == () and list(report.errors) == ["1x2x40x33"]

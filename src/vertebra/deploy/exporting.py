@@ -130,8 +130,9 @@ def _up(side: int, multiple: int) -> int:
 
 def _traced(least: int, ndim: int, multiple: int = 1) -> tuple[int, ...]:
     """The example's sides: no multiple of a window or a stride, several cells and windows in every stage."""
-    cells = (17, 19, 18) if least <= 16 else (9, 10, 9)
-    return tuple(_up(n * least + 3 * (axis % 2), multiple) for axis, n in zip(range(ndim), cells, strict=False))
+    unit = max(least, multiple)
+    cells = (17, 19, 18) if unit <= 16 else (9, 10, 9)
+    return tuple(_up(n * unit + 3 * (axis % 2), multiple) for axis, n in zip(range(ndim), cells, strict=False))
 
 
 def _shapes(model: Any, usual: tuple[int, ...], free: bool, dynamic: bool, multiple: int) -> list[tuple[int, ...]]:
