@@ -255,7 +255,7 @@ def _simplify(model: Any) -> None:
     """Constants folded, what is twice there once: in place.
 
     torch's own `optimize` also rewrites patterns, one of them in the square of the nodes (240 s for TransNeXt, 3 s
-    here); it drops "+ 1e-8" and paddings of weights too. onnxruntime fuses what pays when it opens the file.
+    here), and drops "+ 1e-8". onnxruntime fuses what pays when it opens the file.
     """
     from onnx_ir.passes import Sequential, common
     from onnxscript.optimizer import fold_constants
