@@ -255,7 +255,8 @@ def _simplify(model: Any) -> None:
     """Constants folded, what is twice there once: in place.
 
     torch's own `optimize` also rewrites patterns, one of them in the square of the nodes (240 s for TransNeXt, 3 s
-    here), and drops "+ 1e-8". onnxruntime fuses what pays when it opens the file.
+    here), and drops "+ 1e-8". onnxruntime fuses what pays when it opens the file: six networks ran within 2 % of each
+    other from either.
     """
     from onnx_ir.passes import Sequential, common
     from onnxscript.optimizer import fold_constants
