@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "results" / "exports.csv"
-FIXED, MULTIPLES = SIZES = " of one size", " of sizes in 32s"
+# a format's name may be followed by which sizes the file takes; without, any
+SIZES = {"": {}, "of one size": {"dynamic": "batch"}, "of sizes in 32s": {"multiple": 32}}
 COLUMNS = ("family", "model", "format", "seconds", "bytes", "dynamic", "default", "odd", "minimum", "mixed", "error")
 
 
@@ -58,15 +59,11 @@ def one(name: str, to: str, threads: int) -> dict[str, object]:
     lively(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("net.onnx" if to == "onnx" else "net.pt2")
-        options = {}
-        if to.endswith(FIXED):
-            options = {"dynamic": "batch"}
-        elif to.endswith(MULTIPLES):
-            options = {"multiple": 32}
-        made = vertebra.export(model, path, to.removesuffix(FIXED).removesuffix(MULTIPLES), **options)
+        kind, _, sizes = to.partition(" ")
+        made = vertebra.export(model, path, kind, **SIZES[sizes])
     worst = list(made.errors.values())  # two batches at each size
-    sizes = ("default", "odd", "minimum", "mixed")
-    errors = {key: f"{max(worst[2 * i : 2 * i + 2]):.1e}" for i, key in enumerate(sizes) if 2 * i < len(worst)}
+    places = ("default", "odd", "minimum", "mixed")
+    errors = {key: f"{max(worst[2 * i : 2 * i + 2]):.1e}" for i, key in enumerate(places) if 2 * i < len(worst)}
     return {"seconds": f"{made.seconds:.1f}", "bytes": made.bytes, "dynamic": " ".join(made.dynamic), **errors}
 
 
@@ -103,7 +100,7 @@ def write(rows: list[dict[str, object]], mode: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=["torch-export", "onnx", "aoti", *("aoti" + s for s in SIZES)])
+    parser.add_argument("--formats", nargs="+", default=["torch-export", "onnx", *(f"aoti {s}".strip() for s in SIZES)])
     parser.add_argument("--families", nargs="+", metavar="PATTERN", default=["*"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for each export with its verification")

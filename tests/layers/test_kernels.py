@@ -219,7 +219,6 @@ def test_no_size_is_compared_while_tracing(fused, deployed, monkeypatch):
             assert error(program(x), net(x)) <= 1e-5
 
 
-@pytest.mark.skipif(not kernels.present(torch.float32), reason="oneDNN's kernels are used on x86 alone")
 @pytest.mark.parametrize("kind", ["linear", "conv2"])
 def test_gelu_of_small_maps_is_torchs_without_avx512(kind, small, monkeypatch):
     layer, act = LAYERS[kind][0]().requires_grad_(False), nn.GELU()
@@ -232,5 +231,6 @@ def test_gelu_of_small_maps_is_torchs_without_avx512(kind, small, monkeypatch):
         monkeypatch.setattr(kernels, "LARGE", large)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             y = then(layer, act, x)
-        assert [event.key for event in seen.key_averages()].count("aten::gelu") == passes
+        found = [event.key for event in seen.key_averages()].count("aten::gelu")
+        assert found == (passes if kernels.present(torch.float32) else 1)  # off x86 torch computes all of it
         torch.testing.assert_close(y, act(layer(x)), atol=1e-5, rtol=1e-5)
